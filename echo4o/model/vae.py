@@ -305,8 +305,8 @@ def infer_config(shapes: Mapping[str, Sequence[int]], source: str = "the state d
     blocks = sum(f"encoder.down.0.block.{block}.conv1.weight" in shapes for block in range(16))
     if not levels or "encoder.conv_in.weight" not in shapes or "decoder.conv_out.weight" not in shapes:
         raise ValueError(
-            f"{source} does not hold a FLUX autoencoder: encoder.conv_in.weight, encoder.down.0.block.0.conv1.weight or "
-            "decoder.conv_out.weight is not among its tensors (diffusers names them otherwise: use FLUX's ae.safetensors)"
+            f"{source} is no FLUX autoencoder: encoder.conv_in.weight, encoder.down.0.block.0.conv1.weight or "
+            "decoder.conv_out.weight is missing (diffusers names them otherwise: use FLUX's ae.safetensors)"
         )
     ch, in_channels = shapes["encoder.conv_in.weight"][:2]
     return VAEConfig(
