@@ -1,0 +1,339 @@
+"""BAGEL: embeddings → mixture of transformers → heads. One packed sequence in, per-token losses out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from echo4o.model.attention import KernelError, find_varlen_attention, plan_attention, resolve_kernel
+from echo4o.model.config import BagelConfig
+from echo4o.model.embeddings import Connector, PositionTable, TimestepEmbedder, shift_time
+from echo4o.model.mot import Blocks, Order, Qwen2ForCausalLM, Step, rope_tables
+from echo4o.model.pretrained import find_weights, load_weights
+from echo4o.model.vit import SiglipVisionModel
+from echo4o.packed import AttentionLayout, PackedBatch
+
+logger = logging.getLogger(__name__)
+
+#: Rows of logits held at once by the cross-entropy head (152k words each in the 7B model).
+CE_CHUNK = 1024
+
+
+@dataclass
+class BagelOutput:
+    """mse (n_mse, p·p·C) and ce (n_ce,) per token in the order of the batch's loss indexes, None where the batch has none;
+    last_hidden_state (sequence_length, hidden) in sequence order if asked for."""
+
+    mse: Tensor | None
+    ce: Tensor | None
+    last_hidden_state: Tensor | None
+
+
+class Bagel(nn.Module):
+    """State dict names and shapes are upstream's."""
+
+    def __init__(self, config: BagelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.llm.hidden_size
+        self.language_model = Qwen2ForCausalLM(config.llm)
+        if config.visual_gen:
+            self.time_embedder = TimestepEmbedder(hidden)
+            self.vae2llm = nn.Linear(config.latent_dim, hidden)
+            self.llm2vae = nn.Linear(hidden, config.latent_dim)
+            self.latent_pos_embed = PositionTable(config.max_latent_size, hidden)
+        if config.visual_und:
+            self.vit_model = SiglipVisionModel(config.vit, config.num_vit_layers, config.vit_rope)
+            self.connector = Connector(config.vit.hidden_size, hidden, config.connector_act)
+            self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, hidden)
+        self.attention_kernel = self.vit_attention_kernel = "sdpa"
+        if not self.language_model.lm_head.weight.is_meta:
+            self.reset_parameters()
+
+    # ------------------------------------------------------------ weights
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Upstream's initialisation; llm2vae starts at zero, so a new model predicts zero velocity."""
+        for module in self.children():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        if self.config.visual_gen:
+            nn.init.zeros_(self.llm2vae.weight)
+            nn.init.zeros_(self.llm2vae.bias)
+
+    @torch.no_grad()
+    def reset_tables(self) -> None:
+        """Fill the fixed tables (positions, ViT rotations), which need no weights file."""
+        for name in ("latent_pos_embed", "vit_pos_embed"):
+            if hasattr(self, name):
+                getattr(self, name).reset_parameters()
+        if self.config.visual_und and self.vit_model.vision_model.rope is not None:
+            self.vit_model.vision_model.rope.reset_parameters()
+
+    def table_names(self) -> list[str]:
+        """State-dict names of the fixed tables; a weights file may lack them."""
+        tables = ("latent_pos_embed.", "vit_pos_embed.", "vit_model.vision_model.rope.")
+        return [name for name in self.state_dict(keep_vars=True) if name.startswith(tables)]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        weights: str | None = None,
+        config: BagelConfig | None = None,
+    ) -> Bagel:
+        """Load an upstream folder without a second copy in memory.
+
+        Args:
+            folder: ``llm_config.json``, ``vit_config.json``, optional ``config.json``, and ``ema.safetensors`` or
+                ``model.safetensors`` (single file or sharded).
+            weights: ``ema`` or ``model``; None takes ``ema`` if it exists, else ``model``.
+            config: used instead of the folder's.
+
+        Raises:
+            FileNotFoundError: if there are no such weights.
+            ValueError: if tensors are missing or have another shape.
+        """
+        path = find_weights(folder, weights)
+        if path is None:
+            wanted = f"{weights}.safetensors" if weights else "ema.safetensors or model.safetensors"
+            raise FileNotFoundError(f"{folder} has no {wanted} (nor a sharded index of it)")
+        with torch.device("meta"):
+            model = cls(config or BagelConfig.from_pretrained(folder))
+        model = model.to(dtype).to_empty(device=device)
+        model.language_model.tie_weights()  # to_empty gives every name a storage of its own
+        model.reset_tables()
+        unexpected = model.load_weights(path)
+        if unexpected:
+            logger.warning("%s has %d tensors this config does not use, e.g. %s", path, len(unexpected), unexpected[0])
+        return model
+
+    def load_weights(self, path: str | Path) -> list[str]:
+        """Read a weights file into this model; returns the names it holds that the model lacks."""
+        head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+        aliases = {head: embedding, embedding: head} if self.config.llm.tie_word_embeddings else {}
+        return load_weights(self, Path(path), optional=self.table_names(), aliases=aliases)
+
+    def init_moe(self) -> list[tuple[str, str]]:
+        """Start the generation experts as copies of the understanding experts (``copy_init_moe``)."""
+        return self.language_model.init_moe()
+
+    @torch.no_grad()
+    def resize_token_embeddings(self, vocab_size: int) -> None:
+        """Grow (never shrink) the vocabulary; new rows start at the mean of the old ones."""
+        old = self.config.llm.vocab_size
+        if vocab_size <= old:
+            return
+        heads = [self.language_model.model.embed_tokens, self.language_model.lm_head]
+        for module in heads[:1] if self.config.llm.tie_word_embeddings else heads:
+            weight = module.weight
+            grown = weight.new_empty(vocab_size, weight.shape[1])
+            grown[:old], grown[old:] = weight, weight.mean(dim=0)
+            module.weight = nn.Parameter(grown, requires_grad=weight.requires_grad)
+        heads[0].num_embeddings = heads[1].out_features = self.config.llm.vocab_size = vocab_size
+        self.language_model.tie_weights()
+
+    def parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Parameters by the part users think in: und, gen, vit, connector, generation heads, tables."""
+        parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self.named_parameters():
+            parts.setdefault(part_of(name), []).append((name, parameter))
+        return parts
+
+    # ------------------------------------------------------------ attention kernel
+
+    def set_attention_kernel(self, name: str = "auto") -> str:
+        """Choose the kernel for the model's current device; returns the one chosen.
+
+        Raises:
+            KernelError: if it is unknown or cannot run here, with the remedy.
+        """
+        self.attention_kernel = resolve_kernel(name, self.device)
+        has_varlen = self.attention_kernel == "flex" and find_varlen_attention() is not None
+        # The ViT's splits are whole images: variable-length attention fits them without any mask.
+        self.vit_attention_kernel = "flash" if has_varlen else self.attention_kernel
+        return self.attention_kernel
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.lm_head.weight.device
+
+    # ------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        packed_latents: Tensor | None = None,
+        noise: Tensor | None = None,
+        return_hidden: bool = True,
+    ) -> BagelOutput:
+        """One packed sequence through the model.
+
+        Args:
+            batch: on the model's device.
+            packed_latents: (n_vae, p·p·C) clean latent tokens, in the order of ``packed_vae_token_indexes``.
+            noise: (n_vae, p·p·C) flow noise; drawn from the global generator if None.
+            return_hidden: False skips ``last_hidden_state`` and with it the last layer's rows that feed no loss.
+
+        Raises:
+            ValueError: if the batch has generation tokens but no latents, or tokens that belong to no modality.
+        """
+        text = self.language_model.model.embed_tokens(batch.packed_text_ids)
+        und = torch.cat([text, self._vit_tokens(batch, text)])
+        gen, target = self._latent_tokens(batch, packed_latents, noise, text)
+        order = self._order(batch, num_vit=und.shape[0] - text.shape[0], num_gen=gen.shape[0])
+
+        step = self._step(batch, order, dtype=text.dtype)
+        last_step = None if return_hidden else self._last_step(batch, step)
+        hidden = self.language_model.model(und, gen, step, last_step)
+        wanted = (last_step or step).wanted
+        und_at, gen_at = (order.und_at, order.gen_at) if wanted is None else (order.und_at[wanted[0]], order.gen_at[wanted[1]])
+
+        mse = ce = None
+        if batch.num_mse_tokens and self.config.visual_gen:
+            pick = _rows_of(batch.mse_loss_indexes, gen_at, batch.sequence_length)
+            prediction = self.llm2vae(hidden.gen[pick])
+            pick = _rows_of(batch.mse_loss_indexes, order.gen_at, batch.sequence_length)
+            mse = (prediction.float() - target[pick].float()) ** 2
+        if batch.num_ce_tokens:
+            pick = _rows_of(batch.ce_loss_indexes, und_at, batch.sequence_length)
+            ce = self._cross_entropy(hidden.und[pick], batch.packed_label_ids)
+        return BagelOutput(mse, ce, order.to_sequence(hidden) if return_hidden else None)
+
+    def _vit_tokens(self, batch: PackedBatch, like: Tensor) -> Tensor:
+        """(n_vit, hidden). The tower also runs on no images, so that every parameter always has a gradient."""
+        num_tokens = 0 if batch.packed_vit_tokens is None else len(batch.packed_vit_tokens)
+        if not self.config.visual_und:
+            return like.new_zeros(num_tokens, like.shape[1])  # upstream: rows of absent towers stay zero
+        if num_tokens:
+            pixels, position_ids = batch.packed_vit_tokens.to(like.dtype), batch.packed_vit_position_ids
+            lengths = torch.as_tensor(batch.vit_token_seqlens).tolist()
+        else:
+            pixels = like.new_zeros(0, self.vit_model.vision_model.embeddings.patch_embedding.in_features)
+            position_ids, lengths = torch.zeros(0, dtype=torch.int64, device=like.device), []
+        if lengths:
+            layout = AttentionLayout(lengths, lengths, ["full"] * len(lengths))
+            attend = plan_attention(self.vit_attention_kernel, layout, like.device)
+        else:
+            attend = _no_attention
+        features = self.connector(self.vit_model(pixels, position_ids, attend))
+        return features + self.vit_pos_embed(position_ids)
+
+    def _latent_tokens(
+        self, batch: PackedBatch, latents: Tensor | None, noise: Tensor | None, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Noised latents as hidden vectors (n_vae, hidden), and the velocity to learn (n_vae, p·p·C)."""
+        num_tokens = 0 if batch.packed_vae_token_indexes is None else len(batch.packed_vae_token_indexes)
+        if not self.config.visual_gen:
+            return like.new_zeros(num_tokens, like.shape[1]), like.new_zeros(num_tokens, 0)
+        if num_tokens and (latents is None or latents.shape != (num_tokens, self.config.latent_dim)):
+            found = None if latents is None else tuple(latents.shape)
+            raise ValueError(f"packed_latents must be ({num_tokens}, {self.config.latent_dim}) for this batch, not {found}")
+        if not num_tokens:
+            latents = like.new_zeros(0, self.config.latent_dim)
+            t_images, lengths = like.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=like.device)
+            t, position_ids = t_images, lengths
+        else:
+            t = shift_time(batch.packed_timesteps, self.config.timestep_shift)
+            lengths = torch.tensor([h * w for h, w in batch.patchified_vae_latent_shapes])
+            starts = (lengths.cumsum(0) - lengths).to(t.device)
+            # All tokens of an image share one time: embed it once an image, not once a token.
+            t_images, lengths = t[starts], lengths.to(t.device)
+            position_ids = batch.packed_latent_position_ids
+        noise = torch.randn_like(latents) if noise is None else noise
+        mixed = (1 - t[:, None]) * latents + t[:, None] * noise
+        times = self.time_embedder(t_images).repeat_interleave(lengths, dim=0, output_size=num_tokens)
+        tokens = self.vae2llm(mixed.to(self.vae2llm.weight.dtype)) + times + self.latent_pos_embed(position_ids)
+        return tokens.to(like.dtype), noise - latents
+
+    def _order(self, batch: PackedBatch, num_vit: int, num_gen: int) -> Order:
+        if len(batch.packed_text_ids) + num_vit + num_gen != batch.sequence_length:
+            raise ValueError(
+                f"{batch.sequence_length} tokens, but {len(batch.packed_text_ids)} text + {num_vit} ViT + {num_gen} VAE: "
+                "every token must belong to exactly one modality"
+            )
+        empty = batch.packed_text_indexes[:0]
+        und_at = torch.cat([batch.packed_text_indexes, batch.packed_vit_token_indexes if num_vit else empty])
+        return Order(und_at, batch.packed_vae_token_indexes if num_gen else empty)
+
+    def _step(self, batch: PackedBatch, order: Order, dtype: torch.dtype) -> Step:
+        llm = self.config.llm
+        tables = rope_tables(batch.packed_position_ids, llm.head_dim, llm.rope_theta, dtype)
+        rope = tuple(Blocks(table[order.und_at], table[order.gen_at]) for table in tables)
+        return Step(order, rope, plan_attention(self.attention_kernel, batch.layout, order.und_at.device))
+
+    def _last_step(self, batch: PackedBatch, step: Step) -> Step | None:
+        """The last layer's step: only the splits that feed a loss are computed (their keys are still everybody's)."""
+        splits = batch.layout.splits
+        indexes = [index for index in (batch.ce_loss_indexes, batch.mse_loss_indexes) if index is not None and len(index)]
+        if not indexes:
+            return None
+        ends = torch.tensor([split.end for split in splits])
+        selected = torch.bucketize(torch.cat(indexes).cpu(), ends, right=True).unique().tolist()
+        keep = torch.zeros(batch.sequence_length, dtype=torch.bool)
+        for i in selected:
+            keep[splits[i].start : splits[i].end] = True
+        device = step.order.und_at.device
+        compact = (keep.cumsum(0) - 1).to(device)
+        keep = keep.to(device)
+        wanted = tuple(keep[at].nonzero().flatten() for at in (step.order.und_at, step.order.gen_at))
+        query_order = Order(compact[step.order.und_at[wanted[0]]], compact[step.order.gen_at[wanted[1]]])
+        attend = plan_attention(self.attention_kernel, batch.layout, device, selected)
+        return Step(step.order, step.rope, attend, wanted, query_order)
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """(n, hidden), (n,) → (n,) float32, at most `CE_CHUNK` rows of logits alive at once."""
+
+        def head(rows: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.language_model.lm_head(rows).float(), targets, reduction="none")
+
+        if len(hidden) <= CE_CHUNK:
+            return head(hidden, labels)
+        chunks = zip(hidden.split(CE_CHUNK), labels.split(CE_CHUNK), strict=True)
+        return torch.cat([checkpoint(head, rows, targets, use_reentrant=False) for rows, targets in chunks])
+
+
+def _no_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over no tokens, still a function of all three."""
+    return q + 0 * (k + v)
+
+
+def _rows_of(positions: Tensor, at: Tensor, num_positions: int) -> Tensor:
+    """Rows of a block whose sequence positions are `at` that lie at `positions`."""
+    row_of = torch.empty(num_positions, dtype=torch.int64, device=at.device)
+    row_of[at] = torch.arange(len(at), device=at.device)
+    return row_of[positions]
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to."""
+    if name.startswith(("latent_pos_embed.", "vit_pos_embed.")):
+        return "position tables"
+    if name.startswith("vit_model."):
+        return "vit"
+    if name.startswith("connector."):
+        return "connector"
+    if name.startswith(("time_embedder.", "vae2llm.", "llm2vae.")):
+        return "latent heads"
+    if "moe_gen" in name:
+        return "generation experts"
+    if "embed_tokens" in name or "lm_head" in name:
+        return "word embeddings"
+    return "understanding experts"
+
+
+def trainable_parameters(model: nn.Module) -> Sequence[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+__all__ = ["Bagel", "BagelOutput", "KernelError", "part_of", "trainable_parameters"]

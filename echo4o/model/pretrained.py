@@ -1,0 +1,123 @@
+"""Find and read a model's safetensors, single-file or sharded, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+WEIGHTS = ("ema", "model")
+
+
+def find_weights(folder: str | Path, weights: str | None = None) -> Path | None:
+    """The weights file (or shard index) of a folder, or None.
+
+    Args:
+        weights: ``ema`` or ``model``; None takes the first that exists, ``ema`` before ``model``.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if weights not in (None, *WEIGHTS):
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)} or None, not {weights!r}")
+    for name in [weights] if weights else WEIGHTS:
+        for suffix in (".safetensors", ".safetensors.index.json"):
+            if (path := Path(folder) / f"{name}{suffix}").exists():
+                return path
+    return None
+
+
+def shard_files(path: Path) -> list[Path]:
+    """The safetensors files behind `path`: itself, or those its index names.
+
+    Raises:
+        FileNotFoundError: naming the shards that are missing.
+    """
+    if path.suffix != ".json":
+        return [path]
+    index = json.loads(path.read_text(encoding="utf-8"))
+    files = [path.parent / name for name in sorted(set(index["weight_map"].values()))]
+    if missing := [file.name for file in files if not file.exists()]:
+        raise FileNotFoundError(f"{path} names shards that are not there: {', '.join(missing)}; download them again")
+    return files
+
+
+def _open(file: Path, device: str = "cpu"):
+    try:
+        return safe_open(file, framework="pt", device=device)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a complete safetensors file ({error}); download or copy it again") from error
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors, from the headers alone."""
+    shapes = {}
+    for file in shard_files(path):
+        with _open(file) as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def iter_tensors(path: Path, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor (or those of `names`), one at a time: memory is that of the largest."""
+    wanted = None if names is None else set(names)
+    for file in shard_files(path):
+        with _open(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if wanted is None or name in wanted:
+                    yield name, tensors.get_tensor(name)
+
+
+def check_state(
+    expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], source: str, optional: Sequence[str] = ()
+) -> list[str]:
+    """Compare names and shapes; the unexpected names are returned for the banner.
+
+    Raises:
+        ValueError: if a tensor is missing or has another shape, with a remedy.
+    """
+    missing = [name for name in expected if name not in found and name not in optional]
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} of {len(expected)} tensors, e.g. {', '.join(missing[:3])}. "
+            "It is incomplete or of another architecture: check layer_module, llm_qk_norm, visual_gen and visual_und, "
+            "or fill a partial checkpoint from its base model."
+        )
+    wrong = [name for name in expected if name in found and tuple(found[name]) != tuple(expected[name])]
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{source} holds {name} as {tuple(found[name])}, the config asks for {tuple(expected[name])}"
+            f" ({len(wrong)} such tensors); use the config that belongs to these weights."
+        )
+    return [name for name in found if name not in expected]
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: Path, optional: Sequence[str] = (), aliases: Mapping[str, str] | None = None) -> list[str]:
+    """Copy the tensors at `path` into `model` (any dtype to any dtype), one at a time.
+
+    Args:
+        optional: tensors that the file may lack.
+        aliases: name → name to read when the first is absent (tied embeddings).
+
+    Returns:
+        The names in the file that the model does not have.
+
+    Raises:
+        ValueError: if tensors are missing or have another shape.
+    """
+    targets = dict(model.state_dict(keep_vars=True))
+    found = read_shapes(path)
+    absent = {name: other for name, other in (aliases or {}).items() if name not in found and other in found}
+    unexpected = check_state({n: t.shape for n, t in targets.items() if n not in absent}, found, str(path), optional)
+    for name, tensor in iter_tensors(path, list(targets)):
+        if name in targets:
+            targets[name].copy_(tensor)
+        for alias in [alias for alias, other in absent.items() if other == name]:
+            targets[alias].copy_(tensor)
+    return unexpected
