@@ -148,7 +148,9 @@ class PackedBatch:
     packed_vit_position_ids: Tensor | None = None  # (n_vit,) int64: row · max_per_side + column
     vit_token_seqlens: Tensor | list[int] | None = None  # (n_vit_images,) patches of each image
 
-    patchified_vae_latent_shapes: list[tuple[int, int]] | None = None  # (h, w) in latent tokens, one per laid-down image
+    patchified_vae_latent_shapes: list[tuple[int, int]] | None = (
+        None  # (h, w) in latent tokens, one per laid-down image
+    )
     packed_latent_position_ids: Tensor | None = None  # (n_vae,) int64
     packed_vae_token_indexes: Tensor | None = None  # (n_vae,) int64
     packed_timesteps: Tensor | None = None  # (n_vae,) float32 logits, before sigmoid and shift; -inf = clean

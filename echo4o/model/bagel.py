@@ -197,18 +197,35 @@ class Bagel(nn.Module):
         last_step = None if return_hidden else self._last_step(batch, step)
         hidden = self.language_model.model(und, gen, step, last_step)
         wanted = (last_step or step).wanted
-        und_at, gen_at = (order.und_at, order.gen_at) if wanted is None else (order.und_at[wanted[0]], order.gen_at[wanted[1]])
+        und_at, gen_at = (
+            (order.und_at, order.gen_at) if wanted is None else (order.und_at[wanted[0]], order.gen_at[wanted[1]])
+        )
 
-        mse = ce = None
-        if batch.num_mse_tokens and self.config.visual_gen:
-            pick = _rows_of(batch.mse_loss_indexes, gen_at, batch.sequence_length)
-            prediction = self.llm2vae(hidden.gen[pick])
-            pick = _rows_of(batch.mse_loss_indexes, order.gen_at, batch.sequence_length)
-            mse = (prediction.float() - target[pick].float()) ** 2
-        if batch.num_ce_tokens:
-            pick = _rows_of(batch.ce_loss_indexes, und_at, batch.sequence_length)
-            ce = self._cross_entropy(hidden.und[pick], batch.packed_label_ids)
+        mse, no_mse = self._velocity_error(batch, hidden.gen, gen_at, target, order)
+        ce, no_ce = self._next_token_error(batch, hidden.und, und_at)
+        # A head without tokens still runs, on none: every parameter gets a gradient (of zero), whatever the batch lacks.
+        mse = mse if mse is None or no_ce is None else mse + no_ce
+        ce = ce if ce is None or no_mse is None else ce + no_mse
         return BagelOutput(mse, ce, order.to_sequence(hidden) if return_hidden else None)
+
+    def _velocity_error(
+        self, batch: PackedBatch, hidden: Tensor, at: Tensor, target: Tensor, order: Order
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Squared error (n_mse, p·p·C) of the predicted velocity; or None, and a zero that depends on the head."""
+        if not batch.num_mse_tokens or not self.config.visual_gen:
+            head = self.llm2vae if self.config.visual_gen else nn.Identity()
+            return None, head(hidden[:0]).sum()
+        rows = _rows_of(batch.mse_loss_indexes, at, batch.sequence_length)
+        prediction = self.llm2vae(hidden[rows])
+        rows = _rows_of(batch.mse_loss_indexes, order.gen_at, batch.sequence_length)
+        return (prediction.float() - target[rows].float()) ** 2, None
+
+    def _next_token_error(self, batch: PackedBatch, hidden: Tensor, at: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Cross-entropy (n_ce,) of the labels; or None, and a zero that depends on the head."""
+        if not batch.num_ce_tokens:
+            return None, self.language_model.lm_head(hidden[:0]).sum()
+        rows = _rows_of(batch.ce_loss_indexes, at, batch.sequence_length)
+        return self._cross_entropy(hidden[rows], batch.packed_label_ids), None
 
     def _vit_tokens(self, batch: PackedBatch, like: Tensor) -> Tensor:
         """(n_vit, hidden). The tower also runs on no images, so that every parameter always has a gradient."""
@@ -238,7 +255,9 @@ class Bagel(nn.Module):
             return like.new_zeros(num_tokens, like.shape[1]), like.new_zeros(num_tokens, 0)
         if num_tokens and (latents is None or latents.shape != (num_tokens, self.config.latent_dim)):
             found = None if latents is None else tuple(latents.shape)
-            raise ValueError(f"packed_latents must be ({num_tokens}, {self.config.latent_dim}) for this batch, not {found}")
+            raise ValueError(
+                f"packed_latents must be ({num_tokens}, {self.config.latent_dim}) for this batch, not {found}"
+            )
         if not num_tokens:
             latents = like.new_zeros(0, self.config.latent_dim)
             t_images, lengths = like.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=like.device)
@@ -275,7 +294,9 @@ class Bagel(nn.Module):
     def _last_step(self, batch: PackedBatch, step: Step) -> Step | None:
         """The last layer's step: only the splits that feed a loss are computed (their keys are still everybody's)."""
         splits = batch.layout.splits
-        indexes = [index for index in (batch.ce_loss_indexes, batch.mse_loss_indexes) if index is not None and len(index)]
+        indexes = [
+            index for index in (batch.ce_loss_indexes, batch.mse_loss_indexes) if index is not None and len(index)
+        ]
         if not indexes:
             return None
         ends = torch.tensor([split.end for split in splits])

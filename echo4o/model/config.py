@@ -97,7 +97,9 @@ class VAEConfig:
     def __post_init__(self) -> None:
         self.ch_mult = tuple(self.ch_mult)
         if 2 ** (len(self.ch_mult) - 1) != self.downsample:
-            raise ValueError(f"ch_mult {self.ch_mult} downsamples by {2 ** (len(self.ch_mult) - 1)}, not {self.downsample}")
+            raise ValueError(
+                f"ch_mult {self.ch_mult} downsamples by {2 ** (len(self.ch_mult) - 1)}, not {self.downsample}"
+            )
 
 
 @dataclass
@@ -170,7 +172,9 @@ class BagelConfig:
         config = cls(
             llm=_llm_config(llm, scalars, shapes, llm_overrides),
             vit=_vit_config(vit) if vit and scalars.get("visual_und", True) else None,
-            vae=VAEConfig(**_known(scalars.get("vae_config") or {}, VAEConfig)) if scalars.get("visual_gen", True) else None,
+            vae=VAEConfig(**_known(scalars.get("vae_config") or {}, VAEConfig))
+            if scalars.get("visual_gen", True)
+            else None,
             **_scalars(scalars, vit, shapes, overrides),
         )
         return config
@@ -182,7 +186,10 @@ class BagelConfig:
         llm = {"model_type": "qwen2", "hidden_act": "silu", **asdict(self.llm)}
         _write_json(folder / "llm_config.json", llm)
         if self.vit is not None:
-            _write_json(folder / "vit_config.json", {"model_type": "siglip_vision_model", "rope": self.vit_rope, **asdict(self.vit)})
+            _write_json(
+                folder / "vit_config.json",
+                {"model_type": "siglip_vision_model", "rope": self.vit_rope, **asdict(self.vit)},
+            )
         scalars = {key: value for key, value in asdict(self).items() if key not in ("llm", "vit", "vae")}
         scalars |= {"model_type": "bagel", "vae_config": asdict(self.vae) if self.vae else None}
         _write_json(folder / "config.json", scalars)
@@ -238,7 +245,15 @@ def _scalars(scalars: Mapping, vit: Mapping | None, shapes: Mapping, overrides: 
             continue
         side = math.isqrt(shapes[tensor][0])
         if values.get(name, side) != side:
-            logger.warning("%s is %s in config.json, but %s holds %d × %d entries: using %d", name, values[name], tensor, side, side, side)
+            logger.warning(
+                "%s is %s in config.json, but %s holds %d × %d entries: using %d",
+                name,
+                values[name],
+                tensor,
+                side,
+                side,
+                side,
+            )
         values[name] = side
     return {**values, **overrides}
 

@@ -98,7 +98,9 @@ def check_state(
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, path: Path, optional: Sequence[str] = (), aliases: Mapping[str, str] | None = None) -> list[str]:
+def load_weights(
+    model: nn.Module, path: Path, optional: Sequence[str] = (), aliases: Mapping[str, str] | None = None
+) -> list[str]:
     """Copy the tensors at `path` into `model` (any dtype to any dtype), one at a time.
 
     Args:

@@ -39,7 +39,12 @@ class VisionRope(nn.Module):
         line = torch.cat([line, line], dim=1)  # (side, half)
         rows = line.repeat_interleave(self.side, dim=0)
         columns = line.repeat(self.side, 1)
-        for name, table in (("cos_h", rows.cos()), ("sin_h", rows.sin()), ("cos_w", columns.cos()), ("sin_w", columns.sin())):
+        for name, table in (
+            ("cos_h", rows.cos()),
+            ("sin_h", rows.sin()),
+            ("cos_w", columns.cos()),
+            ("sin_w", columns.sin()),
+        ):
             getattr(self, name).copy_(table)
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, ...]:
@@ -118,6 +123,12 @@ class VisionTransformer(nn.Module):
         return self.post_layernorm(x)
 
 
+def _lecun_normal_(weight: Tensor) -> None:
+    """Normal of variance 1 / fan-in, cut at two standard deviations (0.8796 restores the variance lost by the cut)."""
+    std = weight.shape[1] ** -0.5 / 0.87962566103423978
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
 class SiglipVisionModel(nn.Module):
     """`vision_model` behind one more name, as SigLIP's checkpoints have it."""
 
@@ -127,16 +138,17 @@ class SiglipVisionModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """SigLIP's initialisation: Xavier in the layers, LeCun for the patches, zero biases."""
+        """SigLIP's initialisation: Xavier in the attention, LeCun elsewhere, zero biases."""
         vision = self.vision_model
-        for module in vision.modules():
+        for name, module in vision.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                if ".self_attn." in name:
+                    nn.init.xavier_uniform_(module.weight)
+                else:
+                    _lecun_normal_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        patches = vision.embeddings.patch_embedding.weight
-        nn.init.trunc_normal_(patches, std=patches.shape[1] ** -0.5)
         if vision.embeddings.position_embedding is not None:
             table = vision.embeddings.position_embedding.weight
             nn.init.normal_(table, std=table.shape[1] ** -0.5)
