@@ -1,0 +1,144 @@
+"""What every source of rows offers: rows by position, planned first and decoded late.
+
+Planning reads image headers and tokenises text, so a row's exact token count is known before any pixel is decoded; a row
+that does not fit is never decoded. Whatever is random about a row is drawn from (data_seed, epoch, source, row), so the
+number of workers, ranks or restarts never changes what a row yields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from echo4o.data.errors import DataError, GridError, RowError
+from echo4o.data.sample import Sample
+from echo4o.data.tokenizer import SpecialTokens, Tokenizer
+
+__all__ = [
+    "Address",
+    "DataError",
+    "GridError",
+    "Limits",
+    "RowError",
+    "RowPlan",
+    "Source",
+    "SourceContext",
+    "SourceGroup",
+    "item_seed",
+]
+
+
+class Address(NamedTuple):
+    """Where a row is: enough to plan it again after a restart. Survives JSON as ``Address(*json_list)``."""
+
+    source: str
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One row, ready to be packed, with nothing decoded yet.
+
+    Attributes:
+        address: of the row.
+        num_tokens: exact packed length when nothing is dropped, markers, bos and eos included.
+        seed: every random decision about the row is drawn from it.
+        row: ``file:row``, for messages.
+        name: data set it belongs to.
+        load: decodes and transforms the images; raises RowError where one turns out to be broken.
+    """
+
+    address: Address
+    num_tokens: int
+    seed: int
+    row: str
+    name: str
+    load: Callable[[], Sample]
+
+
+class Source(Protocol):
+    """Rows in a position space that is shuffled anew every epoch."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """Rows an epoch."""
+        ...
+
+    def plan(self, epoch: int, position: int) -> RowPlan:
+        """The row at `position` of that epoch's order. Raises RowError."""
+        ...
+
+    def locate(self, address: Address) -> RowPlan:
+        """The row at a known address, planned exactly as before. Raises RowError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The model's patch sizes and position tables, which decide the token count of an image and whether it fits.
+
+    Attributes:
+        max_latent_size: latent tokens a side of the position table.
+        vit_max_num_patch_per_side: ViT patches a side of the position table.
+        latent_downsample: pixels a latent token's side (VAE downsampling × latent patch).
+        vit_patch_size: pixels a ViT patch side.
+        interpolate_pos: positions are spread over the table, so that any grid fits.
+    """
+
+    max_latent_size: int
+    vit_max_num_patch_per_side: int
+    latent_downsample: int = 16
+    vit_patch_size: int = 14
+    interpolate_pos: bool = False
+
+
+@dataclass(frozen=True)
+class SourceContext:
+    """What sources need to know about the model and the run.
+
+    Attributes:
+        tokenizer, special_tokens: of the model, markers already added.
+        data_seed: seed of the order and of every row.
+        base_dir: folder of the dataset YAML; relative paths start there.
+        limits: token arithmetic of the model.
+        dataset_info: group → data set → paths, or a YAML/JSON file holding that; ``None`` where the YAML has it inline.
+        visual_gen: the model has a generation branch (VAE images).
+        visual_und: the model has an understanding branch; without it no ViT image is laid down.
+    """
+
+    tokenizer: Tokenizer
+    special_tokens: SpecialTokens
+    data_seed: int
+    base_dir: Path
+    limits: Limits
+    dataset_info: Mapping[str, Any] | str | Path | None = None
+    visual_gen: bool = True
+    visual_und: bool = True
+
+
+@dataclass(frozen=True)
+class SourceGroup:
+    """One group of the dataset YAML: all its data sets in one position space.
+
+    Attributes:
+        name: key in the YAML.
+        source: its rows.
+        weight: relative share of samples drawn from it.
+        is_mandatory: every packed batch holds at least one of its samples.
+    """
+
+    name: str
+    source: Source
+    weight: float = 0.0
+    is_mandatory: bool = False
+
+
+def item_seed(data_seed: int, epoch: int, source: str, row: int) -> int:
+    """63-bit seed of one row in one epoch; the same on every machine and Python version."""
+    identity = f"{data_seed}\0{epoch}\0{source}\0{row}".encode()
+    return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,203 @@
+"""A row between reading and decoding: segments with known token counts whose images are still encoded bytes."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from echo4o.data.errors import RowError
+from echo4o.data.images import DEFAULT_PIXEL_LIMIT, ImageTransform, open_image, probe_size, to_tensor
+from echo4o.data.positions import check_grid
+from echo4o.data.sample import Sample, Segment
+from echo4o.data.sources.base import Limits
+from echo4o.data.tokenizer import Tokenizer
+
+#: Start and end marker of an image, bos and eos of a text.
+NUM_MARKERS = 2
+
+
+class Picture(Protocol):
+    """An image of known size that has not been decoded."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    def decode(self) -> Image.Image: ...
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPicture:
+    """An image file in memory or on disk; `size` is (width, height) as seen upright."""
+
+    data: bytes | Path
+    size: tuple[int, int]
+    pixel_limit: int = DEFAULT_PIXEL_LIMIT
+
+    def decode(self) -> Image.Image:
+        return open_image(self.data, self.pixel_limit)
+
+
+@dataclass(frozen=True)
+class PictureReader:
+    """Turns what a row holds for an image into a Picture.
+
+    Accepts encoded bytes, a path, a data URL or base64 text, and ``{"bytes": …, "path": …}`` with any of these.
+
+    Args:
+        folders: where relative paths may start, tried in order. A path that begins with ``/`` but does not exist is
+            looked for below them too, since some data sets ship such paths.
+        pixel_limit: larger images are refused.
+    """
+
+    folders: tuple[Path, ...] = ()
+    pixel_limit: int = DEFAULT_PIXEL_LIMIT
+
+    def __call__(self, value: Any) -> EncodedPicture:
+        """Raises RowError if there is no image or its header is unreadable."""
+        data = self._resolve(value)
+        return EncodedPicture(data, probe_size(data, self.pixel_limit), self.pixel_limit)
+
+    def _resolve(self, value: Any) -> bytes | Path:
+        if isinstance(value, Mapping):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes | bytearray | memoryview):
+            return bytes(value)
+        if isinstance(value, str) and value:
+            return self._embedded(value) or self.path(value)
+        if value is None or value == "":
+            raise RowError("image missing", detail="the row holds no bytes and no path")
+        raise RowError("wrong column type", detail=f"an image is {type(value).__name__}, not bytes or a path")
+
+    @staticmethod
+    def _embedded(text: str) -> bytes | None:
+        """Bytes of a data URL or base64 text; None for a path (which has a dot, base64 has none)."""
+        is_url = text.startswith("data:")
+        if not is_url and "." in text:
+            return None
+        try:
+            return base64.b64decode(text.partition(",")[2] if is_url else text, validate=not is_url)
+        except binascii.Error as error:
+            if is_url:
+                raise RowError("image unreadable", detail=f"broken data URL: {error}") from error
+            return None
+
+    def path(self, text: str) -> Path:
+        """First existing candidate for a path; the plain one if none exists."""
+        path = Path(text)
+        if path.is_absolute() and path.exists():
+            return path
+        candidates = [folder / text.lstrip("/") for folder in self.folders] or [path]
+        return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
+
+
+@dataclass(frozen=True)
+class SegmentDraft:
+    """A segment whose token count is known. `size` is the (width, height) its picture will be resized to."""
+
+    kind: str
+    num_tokens: int
+    text_ids: tuple[int, ...] = ()
+    picture: Picture | None = None
+    size: tuple[int, int] = (0, 0)
+    loss: bool = False
+    droppable: bool = False
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """Drafts segments: tokenises, applies the resize rule, checks the grid, counts tokens.
+
+    Args:
+        tokenizer: for texts.
+        limits: patch sizes and position tables of the model.
+        vae_transform, vit_transform: resize rules; None where a source has no such image.
+    """
+
+    tokenizer: Tokenizer
+    limits: Limits
+    vae_transform: ImageTransform | None = None
+    vit_transform: ImageTransform | None = None
+
+    def text(self, text: str, *, loss: bool = False, droppable: bool = False) -> SegmentDraft:
+        ids = tuple(self.tokenizer.encode(text))
+        return SegmentDraft("text", len(ids) + NUM_MARKERS, text_ids=ids, loss=loss, droppable=droppable)
+
+    def vae_image(
+        self, picture: Picture, *, loss: bool, droppable: bool, shrink: Callable | None = None
+    ) -> SegmentDraft:
+        """Latent tokens of a picture. Raises GridError if it exceeds the position table."""
+        assert self.vae_transform is not None
+        grid = (self.limits.latent_downsample, self.limits.max_latent_size)
+        return self._image("vae_image", picture, self.vae_transform, grid, 1, shrink, loss, droppable)
+
+    def vit_image(
+        self, picture: Picture, *, droppable: bool, img_num: int = 1, shrink: Callable | None = None
+    ) -> SegmentDraft:
+        """Understanding tokens of a picture. Raises GridError if it exceeds the position table."""
+        assert self.vit_transform is not None
+        grid = (self.limits.vit_patch_size, self.limits.vit_max_num_patch_per_side)
+        return self._image("vit_image", picture, self.vit_transform, grid, img_num, shrink, False, droppable)
+
+    def _image(
+        self,
+        kind: str,
+        picture: Picture,
+        transform: ImageTransform,
+        grid: tuple[int, int],
+        img_num: int,
+        shrink: Callable[[int, int, int], tuple[int, int]] | None,
+        loss: bool,
+        droppable: bool,
+    ) -> SegmentDraft:
+        width, height = transform.target_size(*picture.size, img_num)
+        if shrink is not None:
+            width, height = shrink(width, height, transform.image_stride)
+        patch, max_per_side = grid
+        if not self.limits.interpolate_pos:
+            check_grid(height, width, patch, max_per_side)
+        num_tokens = (height // patch) * (width // patch) + NUM_MARKERS
+        return SegmentDraft(kind, num_tokens, picture=picture, size=(width, height), loss=loss, droppable=droppable)
+
+
+@dataclass
+class SampleLoader:
+    """Decodes a drafted row. Each picture is decoded once; each (picture, size) becomes one tensor object, so that an
+    image laid down several times is encoded by the VAE once."""
+
+    drafts: Sequence[SegmentDraft]
+    seed: int
+    name: str
+    file: str
+    row: int
+    _tensors: dict[tuple[int, tuple[int, int]], Tensor] = field(default_factory=dict, repr=False)
+    _decoded: dict[int, Image.Image] = field(default_factory=dict, repr=False)
+
+    def __call__(self) -> Sample:
+        """Raises RowError, with file and row, if an image turns out to be broken."""
+        try:
+            segments = tuple(self._segment(draft) for draft in self.drafts)
+        except RowError as error:
+            raise error.at(self.file, self.row) from error
+        finally:
+            self._tensors.clear()
+            self._decoded.clear()
+        return Sample(segments, seed=self.seed, name=self.name, row=f"{self.file}:{self.row}")
+
+    def _segment(self, draft: SegmentDraft) -> Segment:
+        image = None if draft.picture is None else self._tensor(draft.picture, draft.size)
+        return Segment(draft.kind, text_ids=draft.text_ids, image=image, loss=draft.loss, droppable=draft.droppable)
+
+    def _tensor(self, picture: Picture, size: tuple[int, int]) -> Tensor:
+        key = (id(picture), size)
+        if key not in self._tensors:
+            if id(picture) not in self._decoded:
+                self._decoded[id(picture)] = picture.decode()
+            self._tensors[key] = to_tensor(self._decoded[id(picture)], size)
+        return self._tensors[key]
