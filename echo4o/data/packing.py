@@ -1,0 +1,232 @@
+"""Samples → PackedBatch: token order, positions, attention splits, condition dropout and time steps.
+
+Semantics are upstream's (SPEC.md §8.8). What is ours: every random decision about a sample comes from the sample's own
+seed, so that it does not depend on its neighbours, and images are passed on by reference instead of padded together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from echo4o.data.positions import position_ids
+from echo4o.data.sample import Sample, Segment
+from echo4o.data.sequence import Decisions, PackedSequence, is_noised, len2weight
+from echo4o.packed import PackedBatch
+
+
+class BudgetError(ValueError):
+    """The samples do not fit into a pack, or leave it empty."""
+
+
+class SegmentLike(Protocol):
+    """What dropout and lengths need to know of a segment; a planned one has it before anything is decoded."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def droppable(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """Token ids, grids and dropout of a run.
+
+    Attributes:
+        latent_downsample: image pixels per latent token side (VAE downsampling × latent_patch_size).
+        max_latent_size: side of the latent position table.
+        vit_max_num_patch_per_side: side of the ViT position table.
+        text_cond_dropout_prob, vae_cond_dropout_prob, vit_cond_dropout_prob: each droppable segment by itself.
+        all_refs_dropout_prob: all droppable images of a sample together. Independent dropout of n references leaves
+            none only with probability p²ⁿ, so guidance without images would hardly ever be trained.
+        ce_loss_reduction: what ce_loss_weights balance: ``token`` (1 each), ``sample`` (1/n) or ``square`` (1/√n).
+        max_num_tokens: refuse longer packs; ``None`` leaves the limit to the caller.
+    """
+
+    bos_token_id: int
+    eos_token_id: int
+    start_of_image: int
+    end_of_image: int
+    latent_downsample: int = 16
+    latent_patch_size: int = 2
+    max_latent_size: int = 64
+    vit_patch_size: int = 14
+    vit_max_num_patch_per_side: int = 70
+    interpolate_pos: bool = False
+    text_cond_dropout_prob: float = 0.0
+    vae_cond_dropout_prob: float = 0.0
+    vit_cond_dropout_prob: float = 0.0
+    all_refs_dropout_prob: float = 0.0
+    ce_loss_reduction: str = "square"
+    max_num_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in [field.name for field in dataclasses.fields(self) if field.name.endswith("_prob")]:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a probability lies between 0 and 1")
+        len2weight(1, self.ce_loss_reduction)
+
+    @classmethod
+    def from_config(cls, config: PackingConfig | Mapping | object) -> PackingConfig:
+        """Read from a mapping or object with (some of) these fields; ``special_tokens`` may be nested."""
+        if isinstance(config, cls):
+            return config
+
+        def read(source: object, name: str):
+            return source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
+
+        special_tokens = read(config, "special_tokens")
+        values = {}
+        for field in dataclasses.fields(cls):
+            for source in (config, special_tokens):
+                if (value := read(source, field.name)) is not None:
+                    values[field.name] = value
+        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+        if missing:
+            raise ValueError(f"the packing config lacks {', '.join(missing)} (directly or under special_tokens)")
+        return cls(**values)
+
+
+class Packer:
+    """Lays samples end to end. Accepts a PackingConfig or anything `PackingConfig.from_config` reads."""
+
+    def __init__(self, config: PackingConfig | Mapping | object) -> None:
+        self.config = PackingConfig.from_config(config)
+        self._position_ids: dict[tuple[str, int, int], np.ndarray] = {}
+
+    def pack(
+        self,
+        samples: Sequence[Sample],
+        generator: torch.Generator | np.random.Generator | random.Random | None = None,
+    ) -> PackedBatch:
+        """Lay samples end to end in one sequence.
+
+        Token order per segment: text = bos, ids, eos (causal, one position each); image = start, patches, end (full
+        or noise, one shared position). A dropped image still advances the position by one; a dropped text does not.
+
+        Args:
+            generator: seeds the samples that have no seed of their own.
+
+        Raises:
+            GridError: if an image exceeds the position table.
+            BudgetError: if the pack is empty or longer than max_num_tokens.
+        """
+        seeds = [_draw_seed(generator) if sample.seed is None else sample.seed for sample in samples]
+        return self._lay_down(
+            samples, [self.decide(sample.segments, seed) for sample, seed in zip(samples, seeds, strict=True)]
+        )
+
+    def pack_with_drops(
+        self, samples: Sequence[Sample], drops: Sequence[Sequence[bool]], timesteps: Sequence[float]
+    ) -> PackedBatch:
+        """As `pack`, with the decisions given.
+
+        Args:
+            drops: for each sample one flag a segment.
+            timesteps: one a noised split, in the order in which they are laid down.
+        """
+        remaining = iter(timesteps)
+        decisions = []
+        for sample, dropped in zip(samples, drops, strict=True):
+            steps = [0.0] * len(sample.segments)
+            for split in _splits(sample.segments, dropped):
+                if any(is_noised(sample.segments[index]) for index in split):
+                    steps[split[0]] = next(remaining)
+            decisions.append(Decisions(tuple(dropped), tuple(steps), tuple(range(len(steps)))))
+        return self._lay_down(samples, decisions)
+
+    def decide(self, segments: Sequence[SegmentLike], seed: int) -> Decisions:
+        """Draw the decisions about a sample; the draws depend on nothing but its seed and number of segments."""
+        config, count = self.config, len(segments)
+        generator = np.random.Generator(np.random.PCG64(seed))
+        all_refs = generator.random() < config.all_refs_dropout_prob
+        uniform = generator.random(count)
+        timesteps = generator.standard_normal(count)
+        noise_seeds = generator.integers(0, 2**63 - 1, count)
+        probability = {
+            "text": config.text_cond_dropout_prob,
+            "vae_image": config.vae_cond_dropout_prob,
+            "vit_image": config.vit_cond_dropout_prob,
+        }
+        dropped = [
+            segment.droppable and bool((all_refs and segment.kind != "text") or draw < probability[segment.kind])
+            for segment, draw in zip(segments, uniform, strict=True)
+        ]
+        return Decisions(tuple(dropped), tuple(timesteps.tolist()), tuple(noise_seeds.tolist()))
+
+    def num_tokens(self, segment: Segment) -> int:
+        """Tokens that a segment takes when it is not dropped, markers included."""
+        if segment.image is None:
+            return len(segment.text_ids) + 2
+        patch = self.config.latent_downsample if segment.kind == "vae_image" else self.config.vit_patch_size
+        height, width = segment.image.shape[1:]
+        return (height // patch) * (width // patch) + 2
+
+    def laid_down_tokens(self, sample: Sample) -> int:
+        """Tokens that a sample with a seed takes in a pack: dropped segments take none.
+
+        Raises:
+            ValueError: if the sample has no seed, so that its dropout is not known yet.
+        """
+        if sample.seed is None:
+            raise ValueError(f"sample {sample.row or sample.name or sample} has no seed; give it one: Sample(seed=…)")
+        dropped = self.decide(sample.segments, sample.seed).dropped
+        return sum(self.num_tokens(s) for s, drop in zip(sample.segments, dropped, strict=True) if not drop)
+
+    def _lay_down(self, samples: Sequence[Sample], decisions: Sequence[Decisions]) -> PackedBatch:
+        sequence = PackedSequence(self)
+        for sample, decision in zip(samples, decisions, strict=True):
+            sequence.add_sample(sample, decision)
+        limit = self.config.max_num_tokens
+        if not sequence.length:
+            raise BudgetError("nothing to pack: no samples, or every segment of them was dropped")
+        if limit is not None and sequence.length > limit:
+            raise BudgetError(
+                f"{len(samples)} samples take {sequence.length} tokens, max_num_tokens is {limit}; "
+                "pack fewer samples or raise --max_num_tokens"
+            )
+        return sequence.batch()
+
+    def grid_ids(self, kind: str, height: int, width: int) -> np.ndarray:
+        """Places of an image's patches in its position table, (num_patches,) int64; the same array for equal sizes."""
+        key = (kind, height, width)
+        if key not in self._position_ids:
+            config = self.config
+            patch, side = (
+                (config.latent_downsample, config.max_latent_size)
+                if kind == "vae_image"
+                else (config.vit_patch_size, config.vit_max_num_patch_per_side)
+            )
+            self._position_ids[key] = position_ids(height, width, patch, side, config.interpolate_pos).numpy()
+        return self._position_ids[key]
+
+
+def _splits(segments: Sequence[Segment], dropped: Sequence[bool]) -> list[list[int]]:
+    """Indexes of the laid-down segments, grouped by attention split."""
+    splits: list[list[int]] = [[]]
+    for index, (segment, drop) in enumerate(zip(segments, dropped, strict=True)):
+        if segment.split_start:
+            splits.append([])
+        if not drop:
+            splits[-1].append(index)
+        if segment.split_end:
+            splits.append([])
+    return [split for split in splits if split]
+
+
+def _draw_seed(generator: torch.Generator | np.random.Generator | random.Random | None) -> int:
+    if isinstance(generator, torch.Generator):
+        device = generator.device
+        return int(torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device))
+    if isinstance(generator, np.random.Generator):
+        return int(generator.integers(0, 2**63 - 1))
+    if isinstance(generator, random.Random):
+        return generator.getrandbits(63)
+    raise ValueError("samples without a seed need a generator: pack(samples, torch.Generator().manual_seed(0))")
