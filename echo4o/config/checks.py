@@ -1,0 +1,166 @@
+"""What is wrong with a set of settings, before any long work; every message names the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from echo4o.config.arguments import RunConfig
+from echo4o.config.errors import ConfigError
+from echo4o.config.load_plan import INIT_WEIGHTS
+
+CHOICES = {
+    "lr_scheduler": ("constant", "cosine"),
+    "layer_module": ("Qwen2MoTDecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2DecoderLayer"),
+    "attention_kernel": ("auto", "sdpa", "flex", "flash"),
+    "activation_checkpointing": ("none", "selective", "full"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "init_weights": INIT_WEIGHTS,
+    "wandb_resume": ("allow", "must", "never"),
+    "sharding_strategy": ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"),
+    "backward_prefetch": ("BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"),
+}
+POSITIVE = (
+    "max_latent_size",
+    "latent_patch_size",
+    "vit_patch_size",
+    "vit_max_num_patch_per_side",
+    "max_num_tokens_per_sample",
+    "max_num_tokens",
+    "prefetch_factor",
+    "log_every",
+    "save_every",
+    "total_steps",
+    "expected_num_tokens",
+    "gradient_accumulation_steps",
+    "num_replicate",
+    "num_shard",
+    "max_nonfinite_steps",
+    "max_grad_norm",
+    "timestep_shift",
+    "lr",
+    "eps",
+)
+NOT_NEGATIVE = (
+    "num_workers",
+    "prefer_buffer_before",
+    "max_buffer_size",
+    "keep_last_n",
+    "warmup_steps",
+    "min_lr",
+    "weight_decay",
+    "mse_weight",
+    "ce_weight",
+    "peak_device_tflops",
+    "data_seed",
+    "global_seed",
+)
+UNIT_INTERVAL = (
+    "text_cond_dropout_prob",
+    "vae_cond_dropout_prob",
+    "vit_cond_dropout_prob",
+    "all_refs_dropout_prob",
+    "max_bad_row_share",
+)
+BELOW_ONE = ("beta1", "beta2", "ema")
+
+#: Flags that do nothing in a run of one process.
+_ONE_PROCESS = ("num_replicate", "num_shard", "sharding_strategy", "backward_prefetch", "cpu_offload")
+_WANDB = ("wandb_project", "wandb_name", "wandb_runid", "wandb_resume", "wandb_offline")
+
+
+def validate(config: RunConfig) -> list[str]:
+    """Check settings against each other.
+
+    Returns:
+        Notes for the start-up banner: settings that were stated but do nothing, and values that deserve a second look.
+
+    Raises:
+        ConfigError: listing everything that is wrong, each with its remedy.
+    """
+    values = dict(config.items())
+
+    def found(name: str) -> str:
+        return f"{name} is {values[name]} ({config.source(name)})"
+
+    wrong = [
+        f"{found(name)}; choose one of {', '.join(known)}"
+        for name, known in CHOICES.items()
+        if values[name] not in known
+    ]
+    wrong += [f"{found(name)}; it must be greater than 0" for name in POSITIVE if not values[name] > 0]
+    wrong += [f"{found(name)}; it must not be negative" for name in NOT_NEGATIVE if not values[name] >= 0]
+    wrong += [f"{found(name)}; it must lie between 0 and 1" for name in UNIT_INTERVAL if not 0 <= values[name] <= 1]
+    wrong += [
+        f"{found(name)}; it must be at least 0 and less than 1" for name in BELOW_ONE if not 0 <= values[name] < 1
+    ]
+    device = values["device"]
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
+        wrong.append(f"{found('device')}; choose auto, cpu, cuda or cuda:N")
+    if values["expected_num_tokens"] > values["max_num_tokens"]:
+        wrong.append(
+            f"{found('expected_num_tokens')}, more than max_num_tokens {values['max_num_tokens']}: no pack would ever "
+            "be full. Lower expected_num_tokens or raise max_num_tokens."
+        )
+    if values["max_num_tokens_per_sample"] > values["max_num_tokens"]:
+        wrong.append(
+            f"{found('max_num_tokens_per_sample')}, more than max_num_tokens {values['max_num_tokens']}: such a sample "
+            "fits no pack. Lower max_num_tokens_per_sample or raise max_num_tokens."
+        )
+    if not Path(values["dataset_config_file"]).is_file():
+        wrong.append(
+            f"{found('dataset_config_file')}, which is not a file. "
+            "configs/data/bagel_example.yaml shows how one looks; pass yours as --dataset_config_file."
+        )
+    if not values["visual_gen"] and not values["visual_und"]:
+        wrong.append("visual_gen and visual_und are both False: nothing is left to train. Set one of them to True.")
+    if values["freeze_und"] and values["layer_module"] == "Qwen2DecoderLayer":
+        wrong.append(
+            "freeze_und needs separate experts, but layer_module is Qwen2DecoderLayer. "
+            "Use Qwen2MoTDecoderLayer, or freeze_llm."
+        )
+    if values["min_lr"] > values["lr"] and values["lr_scheduler"] == "cosine":
+        wrong.append(f"{found('min_lr')}, more than lr {values['lr']}: cosine would rise. Lower min_lr.")
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return [*_without_effect(config, values), *_second_looks(values)]
+
+
+def _without_effect(config: RunConfig, values: dict) -> list[str]:
+    given = set(config.given)
+    notes = []
+    if idle := [name for name in _ONE_PROCESS if name in given]:
+        notes.append(f"{', '.join(idle)}: no effect, one process trains and nothing is sharded")
+    if "use_flex" in given:
+        notes.append(
+            "use_flex: no effect, every kernel trains on the same packs; "
+            f"attention_kernel ({values['attention_kernel']}) chooses, auto is flex on a GPU and sdpa on a CPU"
+        )
+    if not values["freeze_vae"]:
+        notes.append(
+            "freeze_vae False: no effect, images are encoded without gradients (upstream's VAE never trains either)"
+        )
+    if not values["wandb"] and (idle := [name for name in _WANDB if name in given]):
+        notes.append(f"{', '.join(idle)}: no effect without --wandb True")
+    if not values["num_workers"] and "prefetch_factor" in given:
+        notes.append("prefetch_factor: no effect with num_workers 0")
+    if values["lr_scheduler"] == "constant" and "min_lr" in given:
+        notes.append("min_lr: no effect with lr_scheduler constant")
+    return notes
+
+
+def _second_looks(values: dict) -> list[str]:
+    notes = []
+    if values["warmup_steps"] >= values["total_steps"]:
+        notes.append(
+            f"warmup_steps {values['warmup_steps']} is not less than total_steps {values['total_steps']}: the learning "
+            "rate never reaches lr. Lower warmup_steps."
+        )
+    needed = 1 / (1 - values["ema"])
+    if not values["ema_bias_correction"] and values["total_steps"] < needed:
+        notes.append(
+            f"ema {values['ema']} averages over about {needed:,.0f} steps, but the run has {values['total_steps']:,}: "
+            "the EMA weights will lag. Set ema_bias_correction True or lower ema."
+        )
+    if values["save_every"] > values["total_steps"]:
+        notes.append("save_every is more than total_steps: only the last step is saved")
+    return notes
