@@ -1,8 +1,8 @@
 """What every source of rows offers: rows by position, planned first and decoded late.
 
-Planning reads image headers and tokenises text, so a row's exact token count is known before any pixel is decoded; a row
-that does not fit is never decoded. Whatever is random about a row is drawn from (data_seed, epoch, source, row), so the
-number of workers, ranks or restarts never changes what a row yields.
+Planning reads image headers and tokenises text, so a row's exact token count is known before any pixel is decoded; a
+row that does not fit is never decoded. Whatever is random about a row is drawn from (data_seed, epoch, source, row), so
+the number of workers, ranks or restarts never changes what a row yields.
 """
 
 from __future__ import annotations
@@ -130,12 +130,14 @@ class SourceGroup:
         source: its rows.
         weight: relative share of samples drawn from it.
         is_mandatory: every packed batch holds at least one of its samples.
+        resume_data_status: a restored stream continues this group where it stopped instead of at its beginning.
     """
 
     name: str
     source: Source
     weight: float = 0.0
     is_mandatory: bool = False
+    resume_data_status: bool = True
 
 
 def item_seed(data_seed: int, epoch: int, source: str, row: int) -> int:

@@ -1,0 +1,282 @@
+"""Upstream's dataset YAML → sources. Paths come from ``dataset_info``; everything is checked before the first row."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from echo4o.data.errors import DataError
+from echo4o.data.images import DEFAULT_PIXEL_LIMIT, ImageTransform
+from echo4o.data.sources.base import SourceContext, SourceGroup
+from echo4o.data.sources.drafts import Drafter
+from echo4o.data.sources.edit import EditPlanner
+from echo4o.data.sources.jsonl import JsonlRows
+from echo4o.data.sources.multi_ref import MultiRefOptions, MultiRefPlanner
+from echo4o.data.sources.parquet import ParquetRows
+from echo4o.data.sources.rows import DataSet, GroupRows, RowPlanner, RowStore
+from echo4o.data.sources.t2i import T2IPlanner
+from echo4o.data.sources.video import FrameSampler
+from echo4o.data.sources.vlm import VlmPlanner
+
+_log = logging.getLogger(__name__)
+
+KINDS = ("t2i_pretrain", "unified_edit", "multi_ref", "vlm_sft")
+_GROUP_KEYS = [
+    "type",
+    "dataset_names",
+    "num_used_data",
+    "weight",
+    "is_mandatory",
+    "image_transform_args",
+    "vit_image_transform_args",
+    "frame_sampler_args",
+    "shuffle_lines",
+    "shuffle_seed",
+    "resume_data_status",
+    "image_pixel_limit",
+]
+# parquet_info_path and the two counts are accepted and not needed: the files' own footers tell the row groups.
+_ENTRY_KEYS = ["data_dir", "jsonl_path", "json_dir", "parquet_info_path", "num_files", "num_total_samples"]
+_MULTI_REF_KEYS = [field.name for field in dataclasses.fields(MultiRefOptions)]
+
+# Upstream's shipped values, for groups that leave the transforms out.
+_VAE_TRANSFORM = {"image_stride": 16, "max_image_size": 1024, "min_image_size": 512}
+_VIT_TRANSFORM = {"image_stride": 14, "max_image_size": 518, "min_image_size": 224}
+_VLM_TRANSFORM = {"image_stride": 14, "max_image_size": 980, "min_image_size": 378, "max_pixels": 2007040}
+
+
+def read_dataset_config(path: str | Path) -> dict[str, Any]:
+    """The dataset YAML as a dictionary.
+
+    Raises:
+        DataError: if it is missing or no mapping of groups.
+    """
+    return _read_mapping(Path(path), "the dataset config")
+
+
+def build_sources(dataset_config: Mapping[str, Any], context: SourceContext) -> list[SourceGroup]:
+    """Every group of a dataset config, in its order.
+
+    Args:
+        dataset_config: group → settings, as upstream's YAML; ``dataset_info`` may stand in it.
+        context: model limits, tokenizer, seed, and where paths start.
+
+    Raises:
+        DataError: on an unknown or wrong setting, a missing file, or a data set without rows.
+    """
+    settings = dict(dataset_config)
+    info, info_dir = _dataset_info(settings.pop("dataset_info", None), context)
+    if not settings:
+        raise DataError(f"the dataset config has no groups; known: {', '.join(KINDS)}")
+    groups = []
+    for name, group in settings.items():
+        if not isinstance(group, Mapping):
+            raise DataError(f"{name} in the dataset config must be a mapping with dataset_names, weight, …")
+        groups.append(_GroupBuilder(str(name), group, info, info_dir, context).build())
+    return groups
+
+
+@dataclass(frozen=True)
+class _GroupBuilder:
+    name: str
+    settings: Mapping[str, Any]
+    info: Mapping[str, Any]
+    info_dir: Path
+    context: SourceContext
+
+    def build(self) -> SourceGroup:
+        kind = self.settings.get("type", self.name)
+        _check_key(kind, KINDS, f"kind of data {kind!r} of group {self.name!r} in the dataset config")
+        allowed = [*_GROUP_KEYS, *_MULTI_REF_KEYS] if kind == "multi_ref" else _GROUP_KEYS
+        for key in self.settings:
+            _check_key(key, allowed, f"{self.name}.{key} in the dataset config")
+        planner = self._planner(kind)
+        names = self.settings.get("dataset_names")
+        if not names or not isinstance(names, list):
+            raise DataError(f"{self.name} needs dataset_names: a list of entries of dataset_info")
+        data_sets = [
+            self._data_set(kind, str(name), num_used, planner.columns)
+            for name, num_used in zip(names, self._num_used(len(names)), strict=True)
+        ]
+        pixel_limit = int(self.settings.get("image_pixel_limit", DEFAULT_PIXEL_LIMIT))
+        rows = GroupRows(self.name, data_sets, planner, self.context.data_seed, pixel_limit)
+        weight = float(self.settings.get("weight", 0.0))
+        if weight < 0:
+            raise DataError(f"{self.name}.weight must not be negative: {weight}")
+        return SourceGroup(
+            self.name,
+            rows,
+            weight,
+            is_mandatory=bool(self.settings.get("is_mandatory", False)),
+            resume_data_status=bool(self.settings.get("resume_data_status", True)),
+        )
+
+    def _planner(self, kind: str) -> RowPlanner:
+        context = self.context
+        if kind == "vlm_sft":
+            if not context.visual_und:
+                raise DataError(f"{self.name} needs the understanding branch: set visual_und or remove the group")
+            drafter = Drafter(context.tokenizer, context.limits, vit_transform=self._vit("image", _VLM_TRANSFORM))
+            return VlmPlanner(drafter, _build(FrameSampler, self._mapping("frame_sampler_args"), self.name))
+        if not context.visual_gen:
+            raise DataError(f"{self.name} needs the generation branch: set visual_gen or remove the group")
+        vae = self._transform("image", _VAE_TRANSFORM, context.limits.latent_downsample)
+        if kind == "t2i_pretrain":
+            return T2IPlanner(Drafter(context.tokenizer, context.limits, vae))
+        drafter = Drafter(context.tokenizer, context.limits, vae, self._vit("vit_image", _VIT_TRANSFORM))
+        if kind == "unified_edit":
+            return EditPlanner(drafter, context.visual_und)
+        options = {key: self.settings[key] for key in _MULTI_REF_KEYS if key in self.settings}
+        return MultiRefPlanner(drafter, _build(MultiRefOptions, options, self.name), context.visual_und)
+
+    def _vit(self, prefix: str, defaults: Mapping[str, int]) -> ImageTransform:
+        return self._transform(prefix, defaults, self.context.limits.vit_patch_size)
+
+    def _transform(self, prefix: str, defaults: Mapping[str, int], patch: int) -> ImageTransform:
+        key = f"{prefix}_transform_args"
+        transform = _build(ImageTransform, self._mapping(key) or defaults, f"{self.name}.{key}")
+        if transform.image_stride % patch:
+            raise DataError(
+                f"{self.name}.{key}.image_stride is {transform.image_stride}, but the model cuts images into patches "
+                f"of {patch} px; use a multiple of {patch}"
+            )
+        return transform
+
+    def _mapping(self, key: str) -> Mapping[str, Any]:
+        value = self.settings.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise DataError(f"{self.name}.{key} must be a mapping, not {value!r}")
+        return value
+
+    def _num_used(self, num_names: int) -> list[int | None]:
+        used = self.settings.get("num_used_data")
+        used = [used] * num_names if used is None or isinstance(used, int) else used
+        if len(used) != num_names:
+            raise DataError(f"{self.name}.num_used_data has {len(used)} numbers for {num_names} dataset_names")
+        if any(number is not None and (not isinstance(number, int) or number < 1) for number in used):
+            raise DataError(f"{self.name}.num_used_data must hold positive numbers: {used}")
+        return used
+
+    def _data_set(self, kind: str, name: str, num_used: int | None, columns: Sequence[str]) -> DataSet:
+        group = self.info.get(self.name, self.info.get(kind))
+        if not isinstance(group, Mapping):
+            raise DataError(
+                f"dataset_info has no group {self.name!r} (it has: {', '.join(map(str, self.info)) or 'nothing'}).\n"
+                f"  Add to the dataset YAML:  dataset_info: {{{self.name}: {{{name}: {{data_dir: …}}}}}}"
+            )
+        _check_key(name, group, f"data set {name!r} of dataset_info.{self.name}")
+        entry = group[name]
+        place = f"dataset_info.{self.name}.{name}"
+        if not isinstance(entry, Mapping):
+            raise DataError(f"{place} must be a mapping with data_dir or jsonl_path, not {entry!r}")
+        for key in entry:
+            _check_key(key, _ENTRY_KEYS, f"{place}.{key}")
+        folders = self._paths(entry.get("data_dir"))
+        store = self._store(place, entry, folders, num_used, columns)
+        if not len(store):
+            raise DataError(f"{place} has no rows: {', '.join(map(str, folders)) or entry} holds only empty files")
+        _log.info("%s: %d rows in %d files", place, len(store), len(set(store.files)))  # type: ignore[attr-defined]
+        return DataSet(name, store, next((folder for folder in folders if folder.is_dir()), None))
+
+    def _store(
+        self,
+        place: str,
+        entry: Mapping[str, Any],
+        folders: Sequence[Path],
+        num_used: int | None,
+        columns: Sequence[str],
+    ) -> RowStore:
+        lines = self._paths(entry.get("jsonl_path"))
+        if lines or entry.get("json_dir"):
+            lines = lines or _files(self._paths(entry["json_dir"]), ".jsonl")
+            shuffled = bool(self.settings.get("shuffle_lines", False))
+            seed = int(self.settings.get("shuffle_seed", 0)) if shuffled else None
+            return JsonlRows(_existing(lines, place), num_used, seed)
+        if not folders:
+            raise DataError(f"{place} needs data_dir (parquet or JSONL files) or jsonl_path")
+        parquet = _files(_existing(folders, place), ".parquet")
+        files = parquet or _files(folders, ".jsonl")
+        if not files:
+            raise DataError(f"{place}: no .parquet or .jsonl files in {', '.join(map(str, folders))}")
+        if num_used is not None:
+            files = [files[number % len(files)] for number in range(num_used)]
+        return ParquetRows(files, columns) if parquet else JsonlRows(files)
+
+    def _paths(self, value: Any) -> list[Path]:
+        """Absolute paths; relative ones start at the folder of the file that names them."""
+        values = value if isinstance(value, list) else [value] if value else []
+        return [self.info_dir / Path(str(path)).expanduser() for path in values]
+
+
+def _dataset_info(inline: Any, context: SourceContext) -> tuple[Mapping[str, Any], Path]:
+    """dataset_info from the context (argument) or the YAML, and the folder its relative paths start from."""
+    info = context.dataset_info if context.dataset_info is not None else inline
+    base_dir = Path(context.base_dir)
+    if isinstance(info, str | Path):
+        path = base_dir / Path(info).expanduser()
+        return _read_mapping(path, "dataset_info"), path.parent
+    if not isinstance(info, Mapping):
+        raise DataError(
+            "no dataset_info: say in the dataset YAML (or a file given as dataset_info) where the data lies:\n"
+            "  dataset_info:\n    multi_ref:\n      my_data: {data_dir: path/to/parquet}"
+        )
+    return info, base_dir
+
+
+def _read_mapping(path: Path, what: str) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise DataError(f"cannot read {what} {path}: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{what} {path} cannot be parsed: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{what} {path} must be a mapping, not {type(values).__name__}")
+    return values
+
+
+def _build(cls: type, values: Mapping[str, Any], place: str) -> Any:
+    """A dataclass from YAML values, refusing unknown, missing and wrong ones."""
+    fields = dataclasses.fields(cls)
+    for key in values:
+        _check_key(key, [field.name for field in fields], f"{place}.{key}")
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+    if missing:
+        raise DataError(f"{place} lacks {', '.join(missing)}")
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{place}: {error}") from error
+
+
+def _check_key(key: Any, known: Iterable[str], what: str) -> None:
+    names = [str(name) for name in known]
+    if key in names:
+        return
+    close = difflib.get_close_matches(str(key), names, n=1)
+    raise DataError(f"unknown {what}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"))
+
+
+def _existing(paths: Sequence[Path], place: str) -> Sequence[Path]:
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{place}: {path} does not exist")
+    return paths
+
+
+def _files(paths: Sequence[Path], suffix: str) -> list[Path]:
+    """Files with a suffix among paths and directly inside folders, each folder's by name."""
+    found: list[Path] = []
+    for path in paths:
+        candidates = sorted(path.iterdir()) if path.is_dir() else [path]
+        found += [candidate for candidate in candidates if candidate.suffix == suffix and candidate.is_file()]
+    return found

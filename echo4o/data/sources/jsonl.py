@@ -1,0 +1,114 @@
+"""Rows of JSONL files by line offset. A unit is a block of consecutive lines."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from echo4o.data.errors import DataError, RowError
+
+_BLOCK_LINES = 64
+_SCAN_BYTES = 1 << 24
+
+
+class JsonlRows:
+    """Random access to the lines of several JSONL files; blank lines are not rows.
+
+    The line offsets are found once, here, and travel with the object into worker processes.
+
+    Args:
+        files: JSONL files, in order.
+        num_lines: lines to use; ``None`` for all. If larger than available, lines are repeated.
+        shuffle_seed: choose the `num_lines` lines at random with this seed instead of taking the first ones.
+
+    Raises:
+        DataError: if a file does not exist or is one JSON array instead of lines.
+    """
+
+    def __init__(self, files: Sequence[Path], num_lines: int | None = None, shuffle_seed: int | None = None) -> None:
+        self.files = list(files)
+        spans = [_line_spans(path) for path in self.files]
+        file_of = np.concatenate([np.full(len(span), i, dtype=np.int32) for i, span in enumerate(spans)])
+        line_of = np.concatenate([np.arange(len(span)) for span in spans])
+        chosen = _choose(len(file_of), num_lines, shuffle_seed)
+        self._file_of, self._line_of = file_of[chosen], line_of[chosen]
+        self._spans = np.concatenate(spans)[chosen]
+        full_blocks, rest = divmod(len(chosen), _BLOCK_LINES)
+        self.unit_lengths = [_BLOCK_LINES] * full_blocks + [rest] * bool(rest)
+        self._descriptors: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._line_of)
+
+    def where(self, row: int) -> tuple[str, int]:
+        """File and line in that file, from 0."""
+        return str(self.files[self._file_of[row]]), int(self._line_of[row])
+
+    def folder(self, row: int) -> Path:
+        """Folder that holds the row's file."""
+        return self.files[self._file_of[row]].parent
+
+    def read(self, row: int) -> dict[str, Any]:
+        """The line's object. Raises RowError if it is not a JSON object."""
+        start, end = (int(place) for place in self._spans[row])
+        try:
+            # pread: descriptors are inherited by forked workers, which must not share a file position.
+            line = os.pread(self._descriptor(int(self._file_of[row])), end - start, start)
+            values = json.loads(line)
+        except OSError as error:
+            raise RowError("jsonl unreadable", detail=str(error)) from error
+        except ValueError as error:
+            raise RowError("invalid json", detail=str(error)) from error
+        if not isinstance(values, dict):
+            raise RowError("invalid json", detail=f"the line holds a {type(values).__name__}, not an object")
+        return values
+
+    def _descriptor(self, file: int) -> int:
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(self.files[file], os.O_RDONLY)
+        return self._descriptors[file]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptors": {}}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
+
+
+def _choose(num_available: int, num_lines: int | None, shuffle_seed: int | None) -> np.ndarray:
+    """Which lines are used, in file order so that neighbours stay neighbours."""
+    if num_lines is None or not num_available:
+        return np.arange(num_available)
+    if num_lines >= num_available or shuffle_seed is None:
+        return np.arange(num_lines) % num_available
+    return np.sort(np.random.Generator(np.random.PCG64(shuffle_seed)).permutation(num_available)[:num_lines])
+
+
+def _line_spans(path: Path) -> np.ndarray:
+    """(num_lines, 2) int64: start and end offset of every line that is not blank."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            newlines = []
+            for chunk_start in range(0, size, _SCAN_BYTES):
+                chunk = np.frombuffer(file.read(_SCAN_BYTES), dtype=np.uint8)
+                newlines.append(np.flatnonzero(chunk == ord("\n")) + chunk_start)
+            ends = np.concatenate([*newlines, [size]]).astype(np.int64)
+            starts = np.concatenate([[0], ends[:-1] + 1])
+            filled = ends > starts
+            # Only very short lines can be blank ("\r", spaces): look at those alone.
+            for line in np.flatnonzero(filled & (ends - starts < 8)):
+                file.seek(starts[line])
+                filled[line] = bool(file.read(ends[line] - starts[line]).strip())
+            file.seek(0)
+            if file.read(64).lstrip().startswith(b"["):
+                raise DataError(f"{path} is one JSON array; write one object a line: jq -c '.[]' {path} > rows.jsonl")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+    return np.stack([starts[filled], ends[filled]], axis=1)

@@ -1,0 +1,110 @@
+"""Rows of parquet files. A unit is a row group: it is read once and its rows are served from memory."""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from echo4o.data.errors import RowError
+
+_log = logging.getLogger(__name__)
+_KEPT_ROW_GROUPS = 2
+_FOOTER_THREADS = 16
+
+
+class ParquetRows:
+    """Random access to the rows of several parquet files, in the order given; a file may be listed repeatedly.
+
+    Footers are read once, here, and travel with the object into worker processes. A file without rows or with an
+    unreadable footer is logged and left out.
+
+    Args:
+        files: parquet files.
+        columns: columns that may be read; those a file lacks are absent from its rows.
+    """
+
+    def __init__(self, files: Sequence[Path], columns: Sequence[str]) -> None:
+        distinct = list(dict.fromkeys(files))
+        with ThreadPoolExecutor(min(_FOOTER_THREADS, len(distinct) or 1)) as pool:
+            group_lengths = dict(zip(distinct, pool.map(_row_group_lengths, distinct), strict=True))
+        self.files = [path for path in files if group_lengths[path]]
+        self._columns = tuple(columns)
+        self._units = [(path, group) for path in self.files for group in range(len(group_lengths[path]))]
+        self.unit_lengths = [length for path in self.files for length in group_lengths[path]]
+        self._unit_ends = list(accumulate(self.unit_lengths))
+        self._offsets_in_file = [
+            end - length for path in self.files for end, length in _ends_and_lengths(group_lengths[path])
+        ]
+        self._tables: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._unit_ends[-1] if self._unit_ends else 0
+
+    def where(self, row: int) -> tuple[str, int]:
+        """File and row in that file."""
+        unit, offset = self._unit_of(row)
+        return str(self._units[unit][0]), self._offsets_in_file[unit] + offset
+
+    def folder(self, row: int) -> Path:
+        """Folder that holds the row's file."""
+        return self._units[self._unit_of(row)[0]][0].parent
+
+    def read(self, row: int) -> dict[str, Any]:
+        """Column values of a row as Python objects, binary as bytes. Raises RowError if its row group is broken."""
+        unit, offset = self._unit_of(row)
+        table = self._table(*self._units[unit])
+        try:
+            return {name: table.column(name)[offset].as_py() for name in table.column_names}
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise RowError("parquet unreadable", detail=str(error)) from error
+
+    def _unit_of(self, row: int) -> tuple[int, int]:
+        unit = bisect_right(self._unit_ends, row)
+        return unit, row - (self._unit_ends[unit - 1] if unit else 0)
+
+    def _table(self, path: Path, group: int) -> pa.Table:
+        key = (path, group)
+        if key in self._tables:
+            self._tables.move_to_end(key)
+            return self._tables[key]
+        try:
+            with pq.ParquetFile(path, memory_map=True) as file:
+                columns = [name for name in file.schema_arrow.names if name in self._columns]
+                # One thread: every worker process reads its own row groups, and Arrow's pool does not survive a fork.
+                table = file.read_row_group(group, columns=columns, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise RowError("parquet unreadable", detail=f"row group {group}: {error}") from error
+        self._tables[key] = table
+        while len(self._tables) > _KEPT_ROW_GROUPS:
+            self._tables.popitem(last=False)
+        return table
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": OrderedDict()}
+
+
+def _row_group_lengths(path: Path) -> list[int]:
+    """Rows of each row group of a file; an empty list (and logged) if it has none or is unreadable."""
+    try:
+        metadata = pq.read_metadata(path, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        _log.warning("skipping %s: not a readable parquet file (%s)", path, error)
+        return []
+    lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if not sum(lengths):
+        _log.warning("skipping %s: it has no rows", path)
+        return []
+    return lengths
+
+
+def _ends_and_lengths(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(accumulate(lengths), lengths, strict=True))
