@@ -1,0 +1,220 @@
+"""The model a run starts from: a BAGEL folder, one of our checkpoints, or parts (language model, ViT, VAE)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from echo4o.checkpoint.weights import load_llm_part, load_vit_part
+from echo4o.config import ConfigError, LoadPlan, RunConfig
+from echo4o.model import Bagel, BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from echo4o.model.pretrained import find_weights, read_shapes
+from echo4o.model.vae import WEIGHTS_FILE, infer_config
+
+#: Flags that are named differently in the model's config.
+_CONFIG_NAMES = {"llm_qk_norm": "qk_norm"}
+
+
+@dataclass
+class InitialModel:
+    """A model with its weights, and what the banner says about them.
+
+    Attributes:
+        source: the weights' origin in words.
+        unexpected: tensors of the file that the model does not use.
+        weights_file: what was read, None for random or assembled weights.
+    """
+
+    model: Bagel
+    source: str
+    unexpected: list[str]
+    weights_file: Path | None = None
+
+    @property
+    def config(self) -> BagelConfig:
+        return self.model.config
+
+
+def architecture_of(plan: LoadPlan, config: RunConfig) -> BagelConfig:
+    """What will be built, read before any weights so that data and settings can be checked against it.
+
+    Raises:
+        ConfigError: if it cannot be read, or settings contradict it.
+    """
+    if plan.configs_from:
+        return folder_config(plan.configs_from, config)
+    try:
+        return parts_config(config)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"cannot assemble a model from parts: {error}") from error
+
+
+def initial_model(plan: LoadPlan, architecture: BagelConfig, config: RunConfig) -> InitialModel:
+    """Build the model and read its weights.
+
+    Raises:
+        ConfigError: if weights are missing or have another shape.
+    """
+    if plan.resume_from:
+        return _from_weights(plan.resume_from, "model", architecture)
+    if plan.init_from:
+        return _from_weights(plan.init_from, plan.init_weights, architecture)
+    if plan.from_parts:
+        return _from_parts(architecture, config)
+    return InitialModel(Bagel(architecture), f"RANDOM numbers (seed {config.training.global_seed})", [])
+
+
+def _from_weights(folder: str | Path, weights: str | None, architecture: BagelConfig) -> InitialModel:
+    path = find_weights(folder, weights)
+    if path is None:
+        wanted = f"{weights}.safetensors" if weights else "ema.safetensors or model.safetensors"
+        raise ConfigError(
+            f"{folder} has no {wanted} (nor a sharded index of it). Download it, or choose other weights with --init_weights."
+        )
+    try:
+        model = Bagel.from_pretrained(folder, weights=weights, config=architecture)
+        names = set(model.state_dict(keep_vars=True))
+        unexpected = [name for name in read_shapes(path) if name not in names]
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+    return InitialModel(model, str(path), unexpected, path)
+
+
+def folder_config(folder: str | Path, config: RunConfig) -> BagelConfig:
+    """The folder's architecture with this run's training settings; its limits are the checkpoint's.
+
+    Raises:
+        ConfigError: if the folder cannot be read or a stated flag contradicts it.
+    """
+    training = config.training
+    try:
+        found = BagelConfig.from_pretrained(folder, freeze_und=False, timestep_shift=training.timestep_shift)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{folder} is not a usable model folder: {error}") from error
+    _refuse_contradictions(folder, found, config)
+    try:
+        return BagelConfig.from_pretrained(
+            folder,
+            freeze_und=training.freeze_und,
+            timestep_shift=training.timestep_shift,
+            visual_gen=found.visual_gen and training.visual_gen,
+            visual_und=found.visual_und and training.visual_und,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _refuse_contradictions(folder: str | Path, found: BagelConfig, config: RunConfig) -> None:
+    tables = {"max_latent_size": "position table", "vit_max_num_patch_per_side": "ViT position table"}
+    for flag, stated in config.given_architecture().items():
+        actual = _architecture_value(found, flag)
+        if actual is None or actual == stated:
+            continue
+        what = f"holds {actual} × {actual} entries" if flag in tables else f"has {actual}"
+        subject = f"the {tables[flag]} of {folder}" if flag in tables else f"{folder}"
+        raise ConfigError(
+            f"{flag} is {stated} in {config.source(flag)}, but {subject} {what}.\n"
+            f"  Remove {flag} to use the checkpoint's value."
+        )
+
+
+def _architecture_value(found: BagelConfig, flag: str) -> object:
+    name = _CONFIG_NAMES.get(flag, flag)
+    if flag == "vit_patch_size":
+        return found.vit.patch_size if found.vit else None
+    return getattr(found.llm if name in LLMConfig.__annotations__ else found, name)
+
+
+def _from_parts(architecture: BagelConfig, config: RunConfig) -> InitialModel:
+    """A new BAGEL from a Qwen2 and a SigLIP folder (upstream's pre-training)."""
+    paths, training = config.model, config.training
+    try:
+        model = Bagel(architecture)
+        fresh = load_llm_part(model, paths.llm_path)
+        if architecture.visual_und:
+            load_vit_part(model, paths.vit_path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot assemble a model from parts: {error}") from error
+    copied = model.init_moe() if training.copy_init_moe else []
+    random = [name for name in fresh if "moe_gen" not in name or not training.copy_init_moe]
+    notes = [f"language model {paths.llm_path}"] + [f"ViT {paths.vit_path}"] * architecture.visual_und
+    notes += [f"{len(copied)} generation tensors copied from understanding"] if copied else []
+    notes += [f"{len(random)} of its tensors initialised here, e.g. {random[0]}"] if random else []
+    return InitialModel(model, f"parts: {'; '.join(notes)}; connector and latent heads initialised here", [])
+
+
+def parts_config(config: RunConfig) -> BagelConfig:
+    """Architecture of a BAGEL assembled from parts: the parts' own configs, and the flags for everything else.
+
+    Raises:
+        FileNotFoundError: if a part is not there.
+        ValueError: if a part is of the wrong kind.
+    """
+    flags, training = config.model, config.training
+    llm = _read_config(flags.llm_path, "llm_path")
+    vit = _read_config(flags.vit_path, "vit_path") if training.visual_und else None
+    vae = None
+    if training.visual_gen:
+        path = vae_file(flags.vae_path)
+        vae = infer_config(read_shapes(path), str(path))
+    return BagelConfig(
+        llm=_llm_config(llm, config),
+        vit=_known(vit.get("vision_config", vit), ViTConfig) if vit else None,
+        vae=vae or VAEConfig(),
+        visual_gen=training.visual_gen,
+        visual_und=training.visual_und,
+        latent_patch_size=flags.latent_patch_size,
+        max_latent_size=flags.max_latent_size,
+        vit_max_num_patch_per_side=flags.vit_max_num_patch_per_side,
+        connector_act=flags.connector_act,
+        interpolate_pos=flags.interpolate_pos,
+        timestep_shift=training.timestep_shift,
+        vit_select_layer=flags.vit_select_layer,
+        vit_rope=flags.vit_rope,
+    )
+
+
+def vae_file(path: str | Path) -> Path:
+    """The VAE's weights file: `path` itself or ``ae.safetensors`` in it.
+
+    Raises:
+        FileNotFoundError: naming the flag.
+    """
+    path = Path(path)
+    path = path / WEIGHTS_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"vae_path: {path} does not exist; FLUX's {WEIGHTS_FILE} is expected there")
+    return path
+
+
+def _llm_config(values: Mapping, config: RunConfig) -> LLMConfig:
+    theta = (values.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    stated = {
+        "rope_theta": theta,
+        "num_key_value_heads": values["num_attention_heads"],
+        **{key: value for key, value in values.items() if value is not None},
+        "layer_module": config.model.layer_module,
+        "qk_norm": config.model.llm_qk_norm,
+        "tie_word_embeddings": config.model.tie_word_embeddings,
+        "freeze_und": config.training.freeze_und,
+    }
+    return _known(stated, LLMConfig)
+
+
+def _known(values: Mapping, kind: type):
+    return kind(**{key: value for key, value in values.items() if key in kind.__annotations__})
+
+
+def _read_config(folder: str | Path, flag: str) -> dict:
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{flag} is {folder}, but there is no {path}. Give a local Hugging Face folder, or start from a BAGEL folder "
+            "with --init_from."
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error

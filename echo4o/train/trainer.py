@@ -1,0 +1,223 @@
+"""The training loop: ``echo4o train configs/tiny.yaml`` or ``python scripts/train.py --model_path …``.
+
+One step fetches its micro-batches, encodes their images, adds up their gradients under losses normalised over the whole
+step, clips, updates, and averages. Everything it uses was built before (`echo4o.train.setup`), so that wrong settings
+end the run before any training.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from echo4o.checkpoint import train_state
+from echo4o.checkpoint.train_state import CheckpointError, Progress
+from echo4o.config import RunConfig
+from echo4o.packed import PackedBatch
+from echo4o.train.console import ConsoleProgress
+from echo4o.train.latents import encode_batch
+from echo4o.train.losses import LossBreakdown, StepTotals, micro_loss
+from echo4o.train.metrics import PLOT_FILE, plot_losses
+from echo4o.train.setup import Run, set_up
+from echo4o.train.stopping import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
+
+
+def train(config: RunConfig) -> None:
+    """Run a training from its settings to its last checkpoint.
+
+    Raises:
+        echo4o.config.ConfigError: for settings that cannot work, before any training.
+        NonFiniteError: after ``max_nonfinite_steps`` skipped steps in a row.
+        CheckpointError: if the last checkpoint cannot be written.
+    """
+    run = set_up(config)
+    try:
+        with StopRequest() as stop, ConsoleProgress(run.total_steps, run.step, enabled=run.engine.rank == 0) as console:
+            Trainer(run, console, stop).fit()
+    finally:
+        run.close()
+
+
+@dataclass
+class StepResult:
+    """One optimiser step: its losses over all micro-batches and ranks, None where it had no such token."""
+
+    loss: float
+    mse: float | None
+    ce: float | None
+    grad_norm: float
+    totals: StepTotals
+    skipped: bool = False
+
+
+class Trainer:
+    """The loop over a `Run`."""
+
+    def __init__(self, run: Run, console: ConsoleProgress, stop: StopRequest) -> None:
+        self.run = run
+        self.config = run.config.training
+        self.console = console
+        self.stop = stop
+        self.breakdown = LossBreakdown()
+        self.breakdown.load_state_dict(run.trainer_state.get("breakdown", {}))
+        self.skipped_steps = int(run.trainer_state.get("skipped_steps", 0))
+        self.skipped_in_a_row = int(run.trainer_state.get("skipped_in_a_row", 0))
+
+    def fit(self) -> None:
+        run = self.run
+        batches = iter(run.loader)
+        for step in range(run.step + 1, run.total_steps + 1):
+            with run.throughput.waiting():
+                micro_batches = self.fetch(batches)
+            result = self.train_step(micro_batches, lr=run.schedule(step - 1))
+            run.step = step
+            self.count(result, micro_batches)
+            if step % self.config.log_every == 0 or step == run.total_steps:
+                self.log(result)
+            self.console.advance(step)
+            if self.should_stop():
+                self.save()
+                self.console.say(f"{self.stop.reason}: saved step {step}; continue with --auto_resume True")
+                return
+            if step % self.config.save_every == 0 and step < run.total_steps:
+                self.save(may_fail=True)
+        self.save()
+
+    # ------------------------------------------------------------ one step
+
+    def fetch(self, batches: Iterator[PackedBatch]) -> list[PackedBatch]:
+        """The micro-batches of one step: all of them first, because the losses are divided by their common totals."""
+        return [next(batches) for _ in range(self.config.gradient_accumulation_steps)]
+
+    def train_step(self, micro_batches: Sequence[PackedBatch], lr: float) -> StepResult:
+        run, engine, config = self.run, self.run.engine, self.config
+        local = StepTotals.local(micro_batches, config.ce_loss_reweighting)
+        totals = StepTotals(*engine.all_reduce_sum(local).tolist())
+        shares = torch.zeros(2, dtype=torch.float64)
+        for number, batch in enumerate(micro_batches, start=1):
+            with engine.no_sync(enabled=number < len(micro_batches)):
+                loss = self.forward(batch, totals)
+                engine.backward(loss.total)
+            self.breakdown.add(batch, loss, run.model_config.timestep_shift)
+            shares += torch.tensor([float(loss.ce or 0.0), float(loss.mse or 0.0)], dtype=torch.float64)
+        grad_norm = engine.clip_grad_norm(config.max_grad_norm)
+        ce, mse = engine.all_reduce_sum(shares).tolist()
+        result = StepResult(
+            loss=config.ce_weight * ce + config.mse_weight * mse,
+            mse=mse if totals.mse else None,
+            ce=ce if totals.ce else None,
+            grad_norm=grad_norm,
+            totals=totals,
+        )
+        if math.isfinite(result.loss) and math.isfinite(grad_norm):
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            engine.step()
+            run.ema.update()
+        else:
+            result.skipped = True
+        engine.zero_grad()
+        return result
+
+    def forward(self, batch: PackedBatch, totals: StepTotals):
+        run, config = self.run, self.config
+        batch = batch.to(run.engine.device, non_blocking=True)
+        try:
+            with run.engine.autocast():
+                latents = noise = None
+                if run.vae is not None:
+                    latents, noise = encode_batch(run.vae, batch, run.model_config.latent_patch_size)
+                output = run.engine.module(batch, latents, noise, return_hidden=False)
+            return micro_loss(
+                output.mse,
+                output.ce,
+                batch,
+                totals,
+                mse_weight=config.mse_weight,
+                ce_weight=config.ce_weight,
+                ce_loss_reweighting=config.ce_loss_reweighting,
+            )
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"out of GPU memory on a pack of {batch.sequence_length:,} tokens, {len(batch.sample_lens)} samples "
+                f"({', '.join(batch.sample_rows[:8])}). Lower --expected_num_tokens and --max_num_tokens, or pass "
+                "--activation_checkpointing full."
+            ) from error
+
+    # ------------------------------------------------------------ bookkeeping
+
+    def count(self, result: StepResult, micro_batches: Sequence[PackedBatch]) -> None:
+        """Throughput and skipped steps; raises NonFiniteError when training has broken down."""
+        self.run.throughput.add_step(micro_batches)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        if not result.skipped:
+            return
+        self.skipped_steps += 1
+        rows = [row for batch in micro_batches for row in batch.sample_rows]
+        what = "loss" if not math.isfinite(result.loss) else "gradient"
+        logger.warning(
+            "step %d skipped: the %s is not finite (rows %s)", self.run.step, what, ", ".join(rows[:8]) or "unknown"
+        )
+        if self.skipped_in_a_row >= self.config.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"{self.skipped_in_a_row} steps in a row had a {what} that is not finite (the last: step {self.run.step}). "
+                f"Resume from an earlier checkpoint in {self.config.checkpoint_dir} with a lower --lr or "
+                "--max_grad_norm, or check the rows named above."
+            )
+
+    def log(self, result: StepResult) -> None:
+        run = self.run
+        self.breakdown.merge(run.engine.gather(self.breakdown.state_dict()))
+        values = {
+            "loss": result.loss,
+            "mse": result.mse,
+            "ce": result.ce,
+            "lr": run.schedule(run.step - 1),
+            "grad_norm": result.grad_norm,
+            "num_mse_tokens": int(result.totals.mse),
+            "skipped_steps": self.skipped_steps,
+            **self.breakdown.means(),
+            **run.throughput.summary(run.engine.world_size),
+            **run.loader_counters(),
+        }
+        self.breakdown.reset()
+        run.throughput.reset()
+        if run.engine.rank == 0:
+            for sink in run.sinks:
+                sink.write(run.step, values)
+        self.console.log(run.step, values)
+
+    def should_stop(self) -> bool:
+        """True on every rank if any was asked to stop."""
+        return any(self.run.engine.gather(self.stop.reason is not None))
+
+    def save(self, may_fail: bool = False) -> None:
+        """Write a checkpoint and the loss plot. A periodic save may fail (full disk): training goes on."""
+        run = self.run
+        trainer = {
+            "breakdown": self.breakdown.state_dict(),
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+        progress = Progress(run.step, trainer, {"data": run.loader.state_dict()})
+        try:
+            folder = train_state.save(
+                self.config.checkpoint_dir, progress, run.engine, run.ema, run.write_assets, self.config.keep_last_n
+            )
+            self.console.say(f"saved {folder}")
+            if run.engine.rank == 0:
+                plot_losses(run.metrics_path, run.metrics_path.with_name(PLOT_FILE))
+        except (CheckpointError, OSError) as error:
+            if not may_fail:
+                raise
+            logger.warning("%s; training goes on, the previous checkpoint is untouched", error)
