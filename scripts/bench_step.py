@@ -40,11 +40,14 @@ PROGRAMS = ("ours", "upstream4d", "upstream")
 def build_model(hidden: int, layers: int) -> Bagel:
     config = BagelConfig(
         llm=LLMConfig(
-            hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers, num_attention_heads=hidden // 64,
-            num_key_value_heads=max(1, hidden // 256), vocab_size=4096, rms_norm_eps=1e-6, rope_theta=1e6,
-            layer_module="Qwen2MoTDecoderLayer", qk_norm=True, tie_word_embeddings=False,
+            hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
+            num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 256), vocab_size=4096,
+            rms_norm_eps=1e-6, rope_theta=1e6, layer_module="Qwen2MoTDecoderLayer", qk_norm=True, tie_word_embeddings=False,
         ),
-        vit=ViTConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=4, image_size=420, patch_size=14),
+        vit=ViTConfig(
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=4,
+            image_size=420, patch_size=14,
+        ),
         vae=VAEConfig(),
         max_latent_size=32,
         vit_max_num_patch_per_side=30,
@@ -90,11 +93,13 @@ def build_batch(num_samples: int, num_refs: int, num_words: int) -> tuple[Packed
     vit_grid = torch.arange(18)[:, None] * 30 + torch.arange(18)
     batch = PackedBatch(
         sequence_length=at, sample_lens=sample_lens, split_lens=split_lens, attn_modes=modes,
-        packed_text_ids=torch.tensor(text_ids), packed_text_indexes=torch.tensor(texts), packed_position_ids=torch.tensor(positions),
-        packed_vit_tokens=torch.randn(num_images * 324, 588, generator=generator), packed_vit_token_indexes=torch.tensor(vits),
+        packed_text_ids=torch.tensor(text_ids), packed_text_indexes=torch.tensor(texts),
+        packed_position_ids=torch.tensor(positions), packed_vit_token_indexes=torch.tensor(vits),
+        packed_vit_tokens=torch.randn(num_images * 324, 588, generator=generator),
         packed_vit_position_ids=vit_grid.flatten().repeat(num_images), vit_token_seqlens=[324] * num_images,
         patchified_vae_latent_shapes=[(16, 16)] * (num_images + num_samples),
-        packed_latent_position_ids=grid.flatten().repeat(num_images + num_samples), packed_vae_token_indexes=torch.tensor(vaes),
+        packed_latent_position_ids=grid.flatten().repeat(num_images + num_samples),
+        packed_vae_token_indexes=torch.tensor(vaes),
         packed_timesteps=torch.tensor(timesteps), mse_loss_indexes=torch.tensor(mse),
     )  # fmt: skip
     batch.validate()
@@ -141,8 +146,11 @@ def sample_masks(layout: AttentionLayout) -> list[Tensor]:
     return masks
 
 
-def upstream_forward(model: Bagel, batch: PackedBatch, latents: Tensor, noise: Tensor, masks: list[Tensor], as_4d: bool) -> Tensor:
-    """Per-token velocity error, computed as the reference does: index assignments everywhere, all rows of all layers."""
+def upstream_forward(
+    model: Bagel, batch: PackedBatch, latents: Tensor, noise: Tensor, masks: list[Tensor], as_4d: bool
+) -> Tensor:
+    """Per-token velocity error, computed as the reference does: index assignments everywhere, all rows of all layers.
+    """
     llm = model.language_model.model
     und_at = torch.cat([batch.packed_text_indexes, batch.packed_vit_token_indexes])
     gen_at = batch.packed_vae_token_indexes
@@ -227,11 +235,36 @@ def measure(program: str, args: argparse.Namespace) -> dict:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     work = count_work(model, batch)
     return {
-        "program": program, "seconds": min(seconds[1:]), "peak_gflops": matmul_peak(), "loss": value.item(), "grad_norm": norm,
+        "program": program, "seconds": min(seconds[1:]), "peak_gflops": matmul_peak(),
+        "loss": value.item(), "grad_norm": norm,
         "tokens": batch.sequence_length, "work_gflop": {name: v / 1e9 for name, v in work.items()},
         "max_rss_mb": memory / 1024, "rss_over_start_mb": (memory - start_memory) / 1024,
         "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
+
+
+def report(results: dict[str, list[dict]]) -> None:
+    """Medians of the interleaved runs, and the ratios pair by pair."""
+    ours = next(iter(results.values()))
+    first, total = ours[0], sum(ours[0]["work_gflop"].values())
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in first["work_gflop"].items())
+    print(
+        f"{first['parameters'] / 1e6:.1f} M parameters, {first['tokens']} tokens; {total:.0f} GFLOP ({parts})"
+    )
+    columns = ("program", "s/step", "tok/s", "GFLOP/s", "peak", "share", "max RSS MB", "loss", "grad norm")
+    print("".join(f"{name:>11}" for name in columns))
+    for program, runs in results.items():
+        seconds, peak, memory = (
+            statistics.median(run[key] for run in runs) for key in ("seconds", "peak_gflops", "max_rss_mb")
+        )
+        share = statistics.median(total / run["seconds"] / run["peak_gflops"] for run in runs)
+        figures = (f"{seconds:.2f}", f"{first['tokens'] / seconds:.0f}", f"{total / seconds:.0f}", f"{peak:.0f}")
+        losses = (f"{runs[0]['loss']:.5f}", f"{runs[0]['grad_norm']:.5f}")
+        print("".join(f"{text:>11}" for text in (program, *figures, f"{share:.0%}", f"{memory:.0f}", *losses)))
+    for program, runs in list(results.items())[1:]:
+        ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in zip(ours, runs, strict=True)]
+        pairs = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"{first['program']} is {statistics.median(ratios):.2f}× as fast as {program} (pairs: {pairs})")
 
 
 def main() -> None:
@@ -255,24 +288,10 @@ def main() -> None:
     for run in range(args.runs):
         for program in args.programs:
             command = [sys.executable, __file__, f"--one={program}", *shape]
-            results[program].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-            print(f"run {run + 1}/{args.runs} {program}: {results[program][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
-
-    first = results[args.programs[0]][0]
-    total = sum(first["work_gflop"].values())
-    parts = ", ".join(f"{name} {value:.0f}" for name, value in first["work_gflop"].items())
-    print(f"{first['parameters'] / 1e6:.1f} M parameters, {first['tokens']} tokens; necessary work {total:.0f} GFLOP ({parts})")
-    print(f"{'program':<12}{'s/step':>8}{'tok/s':>8}{'GFLOP/s':>9}{'peak':>7}{'share':>7}{'max RSS':>10}{'loss':>10}{'grad norm':>11}")
-    for program, runs in results.items():
-        median = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "peak_gflops", "max_rss_mb")}
-        share = statistics.median(total / run["seconds"] / run["peak_gflops"] for run in runs)
-        print(
-            f"{program:<12}{median['seconds']:>8.2f}{first['tokens'] / median['seconds']:>8.0f}{total / median['seconds']:>9.0f}"
-            f"{median['peak_gflops']:>7.0f}{share:>7.0%}{median['max_rss_mb']:>8.0f}MB{runs[0]['loss']:>10.5f}{runs[0]['grad_norm']:>11.5f}"
-        )
-    for program in args.programs[1:]:
-        ratios = [b["seconds"] / a["seconds"] for a, b in zip(results[args.programs[0]], results[program], strict=True)]
-        print(f"{args.programs[0]} is {statistics.median(ratios):.2f}× as fast as {program} (pairs: {', '.join(f'{r:.2f}' for r in ratios)})")
+            answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            results[program].append(answer)
+            print(f"run {run + 1}/{args.runs} {program}: {answer['seconds']:.2f} s", file=sys.stderr, flush=True)
+    report(results)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)

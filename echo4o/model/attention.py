@@ -1,7 +1,7 @@
 """Packed attention behind one interface, three kernels: ``sdpa`` (CPU), ``flex`` and ``flash`` (GPU).
 
-A kernel is planned once a step from an `AttentionLayout` and then called by every layer. No kernel ever builds a mask over
-the whole pack. All three give the same result; which one is fastest depends on the machine.
+A kernel is planned once a step from an `AttentionLayout` and then called by every layer. No kernel ever builds a mask
+over the whole pack. All three give the same result; which one is fastest depends on the machine.
 """
 
 from __future__ import annotations

@@ -28,8 +28,13 @@ CE_CHUNK = 1024
 
 @dataclass
 class BagelOutput:
-    """mse (n_mse, p·p·C) and ce (n_ce,) per token in the order of the batch's loss indexes, None where the batch has none;
-    last_hidden_state (sequence_length, hidden) in sequence order if asked for."""
+    """What a forward pass returns.
+
+    Attributes:
+        mse: (n_mse, p·p·C) squared velocity errors in the order of ``mse_loss_indexes``; None if there are none.
+        ce: (n_ce,) cross-entropies in the order of ``ce_loss_indexes``; None if there are none.
+        last_hidden_state: (sequence_length, hidden) in sequence order, if asked for.
+    """
 
     mse: Tensor | None
     ce: Tensor | None
@@ -203,7 +208,7 @@ class Bagel(nn.Module):
 
         mse, no_mse = self._velocity_error(batch, hidden.gen, gen_at, target, order)
         ce, no_ce = self._next_token_error(batch, hidden.und, und_at)
-        # A head without tokens still runs, on none: every parameter gets a gradient (of zero), whatever the batch lacks.
+        # A head without tokens still runs, on none: every parameter gets a gradient, whatever the batch lacks.
         mse = mse if mse is None or no_ce is None else mse + no_ce
         ce = ce if ce is None or no_mse is None else ce + no_mse
         return BagelOutput(mse, ce, order.to_sequence(hidden) if return_hidden else None)
@@ -278,7 +283,7 @@ class Bagel(nn.Module):
     def _order(self, batch: PackedBatch, num_vit: int, num_gen: int) -> Order:
         if len(batch.packed_text_ids) + num_vit + num_gen != batch.sequence_length:
             raise ValueError(
-                f"{batch.sequence_length} tokens, but {len(batch.packed_text_ids)} text + {num_vit} ViT + {num_gen} VAE: "
+                f"{batch.sequence_length} tokens, but {len(batch.packed_text_ids)} text, {num_vit} ViT, {num_gen} VAE: "
                 "every token must belong to exactly one modality"
             )
         empty = batch.packed_text_indexes[:0]
@@ -292,7 +297,7 @@ class Bagel(nn.Module):
         return Step(order, rope, plan_attention(self.attention_kernel, batch.layout, order.und_at.device))
 
     def _last_step(self, batch: PackedBatch, step: Step) -> Step | None:
-        """The last layer's step: only the splits that feed a loss are computed (their keys are still everybody's)."""
+        """The last layer's step: only the splits that feed a loss are computed, over everybody's keys."""
         splits = batch.layout.splits
         indexes = [
             index for index in (batch.ce_loss_indexes, batch.mse_loss_indexes) if index is not None and len(index)

@@ -1,7 +1,7 @@
 """Architecture of a BAGEL model, read from an upstream folder or a Hugging Face ``config.json``.
 
-Architecture fields have no hidden defaults here: a folder that does not state one gets upstream's published value, and a
-weights file overrules both where its tensor shapes say otherwise (position tables, decoder kind).
+A folder that does not state a field gets upstream's published value, and a weights file overrules both where its tensor
+shapes say otherwise (position tables, decoder kind).
 """
 
 from __future__ import annotations
@@ -125,10 +125,11 @@ class BagelConfig:
             raise ValueError("visual_und needs a vit config (vit_config.json); set visual_und to False to do without")
         if self.visual_gen and self.vae is None:
             self.vae = VAEConfig()
-        if self.visual_und and self.vit_rope and self.vit_max_num_patch_per_side != self.vit.num_patches_per_side:
+        side = self.vit.num_patches_per_side if self.visual_und else None
+        if self.vit_rope and side and self.vit_max_num_patch_per_side != side:
             raise ValueError(
                 f"vit_rope indexes its tables with row · {self.vit_max_num_patch_per_side} + column, but they have "
-                f"{self.vit.num_patches_per_side} columns; set vit_max_num_patch_per_side to {self.vit.num_patches_per_side}"
+                f"{side} columns; set vit_max_num_patch_per_side to {side}"
             )
 
     @property

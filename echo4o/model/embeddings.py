@@ -29,7 +29,7 @@ def activation(name: str):
 
 
 def sincos_2d(dim: int, side: int) -> Tensor:
-    """(side², dim) float32 table; row r · side + c holds column c in the first half of the channels, row r in the second.
+    """(side², dim) float32 table; row r · side + c holds column c in the first half of the channels, row r in the rest.
 
     The 2-D sin-cos embedding of MAE (He et al., 2021), as DiT and BAGEL use it.
     """
@@ -104,7 +104,7 @@ def patchify_latents(latents: Sequence[Tensor], patch: int) -> Tensor:
 
 
 def unpatchify_latents(tokens: Tensor, shapes: Sequence[tuple[int, int]], patch: int) -> list[Tensor]:
-    """Inverse of `patchify_latents`: tokens (n, patch² · C) and token grids (h, w) → latents (C, h · patch, w · patch)."""
+    """Inverse of `patchify_latents`: tokens (n, patch² · C) of grids (h, w) → latents (C, h · patch, w · patch)."""
     latents = []
     for (h, w), part in zip(shapes, tokens.split([h * w for h, w in shapes]), strict=True):
         grid = part.reshape(h, w, patch, patch, -1).permute(4, 0, 2, 1, 3)

@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
 
 
 class _ToSequence(torch.autograd.Function):
-    """Rows of both blocks to their places in the sequence; a permutation, so its gradient is a gather, not a scatter."""
+    """Rows of both blocks to their places in the sequence; a permutation, so its gradient is a gather."""
 
     @staticmethod
     def forward(ctx, und: Tensor, gen: Tensor, und_at: Tensor, gen_at: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """weight · x / rms(x) in float32, keeping only x and one number a row for backward (eager autograd keeps three x)."""
+    """weight · x / rms(x) in float32; keeps x and one number a row for backward, where autograd would keep three x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -13,7 +13,8 @@ from echo4o.packed import PackedBatch
 
 CASES = ["multiref", "mixed", "frames"]
 EXTRA_CASES = [
-    "dense", "gen_only", "interpolate_pos", "moe", "no_qk_norm", "ten_refs", "tied", "timestep_shift", "und_only", "vit_rope",
+    "dense", "gen_only", "interpolate_pos", "moe", "no_qk_norm",
+    "ten_refs", "tied", "timestep_shift", "und_only", "vit_rope",
 ]  # fmt: skip
 ALL_CASES = CASES + [f"extra/{name}" for name in EXTRA_CASES]
 

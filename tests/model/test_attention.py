@@ -23,7 +23,9 @@ from .reference import ALL_CASES, Reference
 def layouts(draw, max_len: int = 12) -> AttentionLayout:
     samples = draw(
         st.lists(
-            st.lists(st.tuples(st.integers(1, max_len), st.sampled_from(["causal", "full", "noise"])), min_size=1, max_size=6),
+            st.lists(
+                st.tuples(st.integers(1, max_len), st.sampled_from(["causal", "full", "noise"])), min_size=1, max_size=6
+            ),
             min_size=1,
             max_size=3,
         )
