@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# ./scripts/test.sh [pytest arguments]: lint, format check and tests, in an environment of its own.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/install.sh dev
+
+echo "== ruff"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+
+echo "== pytest"
+"$PYTHON" -m pytest "$@"
