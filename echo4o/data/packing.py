@@ -20,6 +20,9 @@ from echo4o.data.sample import Sample, Segment
 from echo4o.data.sequence import Decisions, PackedSequence, is_noised, len2weight
 from echo4o.packed import PackedBatch
 
+#: Image sizes whose position ids are kept.
+MAX_CACHED_GRIDS = 1024
+
 
 class BudgetError(ValueError):
     """The samples do not fit into a pack, or leave it empty."""
@@ -162,17 +165,17 @@ class Packer:
         return Decisions(tuple(dropped), tuple(timesteps.tolist()), tuple(noise_seeds.tolist()))
 
     def num_tokens(self, segment: Segment) -> int:
-        """Tokens that a segment takes when it is not dropped, markers included."""
+        """Tokens that a segment takes when it is not dropped, markers included. Raises GridError."""
         if segment.image is None:
             return len(segment.text_ids) + 2
-        patch = self.config.latent_downsample if segment.kind == "vae_image" else self.config.vit_patch_size
         height, width = segment.image.shape[1:]
-        return (height // patch) * (width // patch) + 2
+        return len(self.grid_ids(segment.kind, height, width)) + 2
 
     def laid_down_tokens(self, sample: Sample) -> int:
         """Tokens that a sample with a seed takes in a pack: dropped segments take none.
 
         Raises:
+            GridError: if an image exceeds the position table.
             ValueError: if the sample has no seed, so that its dropout is not known yet.
         """
         if sample.seed is None:
@@ -198,6 +201,8 @@ class Packer:
         """Places of an image's patches in its position table, (num_patches,) int64; the same array for equal sizes."""
         key = (kind, height, width)
         if key not in self._position_ids:
+            if len(self._position_ids) >= MAX_CACHED_GRIDS:
+                self._position_ids.clear()
             config = self.config
             patch, side = (
                 (config.latent_downsample, config.max_latent_size)

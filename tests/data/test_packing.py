@@ -14,17 +14,9 @@ from echo4o.data.errors import GridError
 from echo4o.data.packing import BudgetError, Packer, PackingConfig, len2weight
 from echo4o.data.sample import Sample, Segment
 
-CASES = [
-    "multiref",
-    "mixed",
-    "frames",
-    *(
-        f"extra/{name}"
-        for name in (
-            "moe dense vit_rope interpolate_pos tied no_qk_norm und_only gen_only timestep_shift ten_refs".split()
-        )
-    ),
-]
+EXTRA = ["moe", "dense", "vit_rope", "interpolate_pos", "tied", "no_qk_norm"]
+EXTRA += ["und_only", "gen_only", "timestep_shift", "ten_refs"]
+CASES = ["multiref", "mixed", "frames", *(f"extra/{name}" for name in EXTRA)]
 INTEGER_FIELDS = [
     "packed_text_ids",
     "packed_text_indexes",

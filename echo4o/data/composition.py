@@ -1,0 +1,245 @@
+"""Which rows share a pack: a lookahead buffer of planned rows, filled into packs by exact best fit, decoded last.
+
+Nothing starves and nothing is lost: the row that has waited longest goes into every pack, and a row leaves the buffer
+only into a pack (or, counted, as a bad row).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from echo4o.data.errors import DataError, RowError
+from echo4o.data.mixture import GroupedRow, Mixture
+from echo4o.data.packing import Packer
+from echo4o.data.sample import Sample
+from echo4o.packed import PackedBatch
+
+logger = logging.getLogger(__name__)
+
+#: Packs in a row that may pass over the oldest row for want of room beside the mandatory ones.
+MAX_PASSES = 8
+
+
+@dataclass(frozen=True)
+class PackLimits:
+    """Token limits of a pack and the lookahead, with upstream's meaning.
+
+    Attributes:
+        expected_num_tokens: a pack of this length is emitted.
+        max_num_tokens: a pack is never longer.
+        max_num_tokens_per_sample: longer rows are skipped.
+        prefer_buffer_before: below this length the rows that have waited longest are preferred among equally good
+            fits, beyond it the latest.
+        max_buffer_size: rows of lookahead.
+    """
+
+    expected_num_tokens: int = 32768
+    max_num_tokens: int = 36864
+    max_num_tokens_per_sample: int = 16384
+    prefer_buffer_before: int = 16384
+    max_buffer_size: int = 50
+
+    def __post_init__(self) -> None:
+        for limit in dataclasses.fields(PackLimits):
+            lowest = 0 if limit.name in ("prefer_buffer_before", "max_buffer_size") else 1
+            if getattr(self, limit.name) < lowest:
+                raise DataError(f"{limit.name} is {getattr(self, limit.name)}; it must be at least {lowest}")
+        if self.expected_num_tokens > self.max_num_tokens:
+            raise DataError(
+                f"expected_num_tokens ({self.expected_num_tokens}) is above max_num_tokens ({self.max_num_tokens}): "
+                "no pack could reach it; lower the one or raise the other"
+            )
+
+
+def best_fit(sizes: Sequence[int], capacity: int, first_below: int = 0) -> list[int]:
+    """Indexes of the items whose sizes add up to the largest total that fits: an exact subset sum.
+
+    Among equally good choices, earlier items are preferred while the total is below `first_below`, then later ones.
+    Sets of reachable totals are the bits of one integer each, so that fifty items take microseconds.
+    """
+    within = (1 << (capacity + 1)) - 1
+    reachable = [1]  # totals that items i … n−1 can make, for i = n, n−1, …, 0
+    for size in reversed(sizes):
+        reachable.append(reachable[-1] | (reachable[-1] << size) & within)
+    reachable.reverse()
+    missing = reachable[0].bit_length() - 1
+    total, chosen = 0, []
+    for index, size in enumerate(sizes):
+        rest = reachable[index + 1]
+        can_take = size <= missing and rest >> (missing - size) & 1
+        can_skip = rest >> missing & 1
+        if can_take and (total < first_below or not can_skip):
+            chosen.append(index)
+            total, missing = total + size, missing - size
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    row: GroupedRow
+    num_tokens: int  # that it will take, its own dropout taken into account
+
+    @property
+    def address(self) -> list:
+        return [self.row.group, list(self.row.plan.address)]
+
+
+@dataclass
+class _Pack:
+    room: int
+    samples: list[Sample] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+class BatchComposer:
+    """Endless packed batches from a mixture, for one consumer."""
+
+    def __init__(self, mixture: Mixture, packer: Packer, limits: PackLimits) -> None:
+        self.mixture = mixture
+        self.packer = packer
+        self.limits = limits
+        self.num_batches = 0
+        self.num_samples = 0
+        self.num_tokens = 0
+        self._buffer: list[_Waiting] = []
+        self._held_back: dict[str, _Waiting] = {}
+        self._passes = 0
+        self._load_seconds = 0.0
+        self._pack_seconds = 0.0
+
+    def next_batch(self) -> PackedBatch:
+        """The next pack; never empty.
+
+        Raises:
+            DataError: if too many rows are bad or a group has no usable row.
+        """
+        pack = _Pack(self.limits.max_num_tokens)
+        self._add_mandatory(pack)
+        oldest_is_due = True
+        while pack.num_tokens < self.limits.expected_num_tokens:
+            self._refill()
+            picks = self._choose(pack.room, oldest_is_due)
+            if not picks:
+                break
+            rows = [self._buffer[index] for index in picks]
+            if picks[0] == 0:
+                oldest_is_due, self._passes = False, 0
+            self._buffer = [row for index, row in enumerate(self._buffer) if index not in set(picks)]
+            for row in rows:
+                self._add(row, pack)
+        self._passes += oldest_is_due
+        return self._finish(pack)
+
+    def _add_mandatory(self, pack: _Pack) -> None:
+        """One row of every mandatory group, as far as they fit together; those that do not go first next time."""
+        if self._passes >= MAX_PASSES:
+            logger.warning(
+                "a row waited %d packs for room beside the mandatory groups (%s); one pack goes without them. "
+                "Raise max_num_tokens or lower max_num_tokens_per_sample.",
+                MAX_PASSES,
+                ", ".join(self.mixture.mandatory),
+            )
+            return
+        names = sorted(self.mixture.mandatory, key=lambda name: name not in self._held_back)
+        for name in names:
+            while True:
+                row = self._held_back.pop(name, None) or self._waiting(self.mixture.next_row(name))
+                if row.num_tokens > pack.room:
+                    self._held_back[name] = row
+                    break
+                if self._add(row, pack):
+                    break
+
+    def _refill(self) -> None:
+        while len(self._buffer) < max(1, self.limits.max_buffer_size):
+            self._buffer.append(self._waiting(self.mixture.next_row()))
+
+    def _choose(self, room: int, oldest_is_due: bool) -> list[int]:
+        """Indexes of the buffered rows to add, ascending; the oldest first of all if it is due and fits."""
+        sizes = [row.num_tokens for row in self._buffer]
+        if not oldest_is_due or sizes[0] > room:
+            return best_fit(sizes, room, self.limits.prefer_buffer_before)
+        rest = best_fit(sizes[1:], room - sizes[0], self.limits.prefer_buffer_before - sizes[0])
+        return [0, *(index + 1 for index in rest)]
+
+    def _waiting(self, row: GroupedRow) -> _Waiting:
+        segments = getattr(row.plan, "segments", ())
+        if not segments:
+            return _Waiting(row, row.plan.num_tokens)
+        dropped = self.packer.decide(segments, row.plan.seed).dropped
+        return _Waiting(row, sum(s.num_tokens for s, drop in zip(segments, dropped, strict=True) if not drop))
+
+    def _add(self, row: _Waiting, pack: _Pack) -> bool:
+        """Decode a row into the pack; a row that fails is counted and left out."""
+        started = time.perf_counter()
+        plan = row.row.plan
+        try:
+            sample = dataclasses.replace(plan.load(), seed=plan.seed)
+            num_tokens = self.packer.laid_down_tokens(sample)
+            if num_tokens > pack.room:
+                raise RowError("longer than planned", detail=f"{num_tokens} tokens instead of {row.num_tokens}")
+        except RowError as error:
+            self.mixture.ledger.count_bad(error, plan.row)
+            return False
+        finally:
+            self._load_seconds += time.perf_counter() - started
+        pack.samples.append(sample)
+        pack.room -= num_tokens
+        pack.num_tokens += num_tokens
+        return True
+
+    def _finish(self, pack: _Pack) -> PackedBatch:
+        started = time.perf_counter()
+        batch = self.packer.pack(pack.samples)
+        self.num_batches += 1
+        self.num_samples += len(pack.samples)
+        self.num_tokens += batch.sequence_length
+        self._pack_seconds += time.perf_counter() - started
+        return batch
+
+    def counters(self) -> dict[str, int]:
+        """Rows read, skipped and packed since the stream began."""
+        packed = {"batches": self.num_batches, "samples": self.num_samples, "tokens": self.num_tokens}
+        return {**packed, "buffered": len(self._buffer) + len(self._held_back), **self.mixture.ledger.counters()}
+
+    def timings(self) -> dict[str, float]:
+        """Seconds spent since this process began, by stage."""
+        read = sum(getattr(group.source, "read_seconds", 0.0) for group in self.mixture.groups.values())
+        return {
+            "read": read,
+            "plan": self.mixture.plan_seconds - read,
+            "decode": self._load_seconds,
+            "pack": self._pack_seconds,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able. Rows in the buffer are kept as addresses and planned again on restore."""
+        return {
+            "mixture": self.mixture.state_dict(),
+            "buffer": [row.address for row in self._buffer],
+            "held_back": [row.address for row in self._held_back.values()],
+            "passes": self._passes,
+            "packed": [self.num_batches, self.num_samples, self.num_tokens],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises DataError if the data are not those that the state was taken from."""
+        self.mixture.load_state_dict(state["mixture"])
+        self._buffer = [self._restored(address) for address in state["buffer"]]
+        self._held_back = {address[0]: self._restored(address) for address in state["held_back"]}
+        self._passes = state["passes"]
+        self.num_batches, self.num_samples, self.num_tokens = state["packed"]
+
+    def _restored(self, address: Sequence) -> _Waiting:
+        try:
+            return self._waiting(self.mixture.locate(*address))
+        except RowError as error:
+            raise DataError(
+                f"a row that the checkpoint's data stream still holds cannot be read any more: {error}\n"
+                "  Restore the data, or start a new data stream with --resume_model_only True."
+            ) from error
