@@ -17,8 +17,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.config import LLMConfig, VAEConfig, ViTConfig
@@ -27,6 +26,11 @@ from echo4o.model.vae import AutoEncoder
 EXAMPLES = Path(__file__).resolve().parents[1] / "data_examples"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 VOCAB_SIZE = 512  # 256 bytes, the special tokens, and merges for the few words of the example task
+# Qwen2's split into words: contractions, letters, single digits, punctuation, white space.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PATCH_SIZE = 14
 
 
@@ -45,23 +49,48 @@ def example_texts(folder: Path) -> Iterator[str]:
             yield from (turn["value"] for turn in row.get("conversations", []))
 
 
-def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, so that any text can be encoded; nothing is added around a text."""
+def train_tokenizer(texts: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE as Qwen2's, so that any text can be encoded; nothing is added around a text."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=SPECIAL_TOKENS[1:],
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """``tokenizer.json``, ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json`` of a Qwen2 tokenizer."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.model.save(str(folder))
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": 2048,
+        "added_tokens_decoder": {
+            str(tokenizer.token_to_id(token)): {
+                "content": token,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
+            for token in SPECIAL_TOKENS
+        },
+    }
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def tiny_config(vocab_size: int, vae: VAEConfig, hidden: int, layers: int, heads: int) -> BagelConfig:
@@ -120,8 +149,8 @@ def build(folder: Path, vae: Path, data: Path, hidden: int, layers: int, heads: 
     check_divisible(hidden, heads)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(list(example_texts(data)))
-    tokenizer.save_pretrained(folder)
-    config = tiny_config(len(tokenizer), copy_vae(vae, folder), hidden, layers, heads)
+    save_tokenizer(tokenizer, folder)
+    config = tiny_config(tokenizer.get_vocab_size(), copy_vae(vae, folder), hidden, layers, heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Bagel(config)
@@ -130,12 +159,16 @@ def build(folder: Path, vae: Path, data: Path, hidden: int, layers: int, heads: 
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "ema.safetensors", metadata={"format": "pt"})
     generation = {
-        "bos_token_id": tokenizer.convert_tokens_to_ids("<|im_start|>"),
-        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.token_to_id("<|im_start|>"),
+        "eos_token_id": tokenizer.token_to_id("<|im_end|>"),
+        "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
     }
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "generation_config.json", generation)
     return model
+
+
+def write_json(path: Path, values: dict) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
