@@ -42,7 +42,8 @@ def build_model(hidden: int, layers: int) -> Bagel:
         llm=LLMConfig(
             hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
             num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 256), vocab_size=4096,
-            rms_norm_eps=1e-6, rope_theta=1e6, layer_module="Qwen2MoTDecoderLayer", qk_norm=True, tie_word_embeddings=False,
+            rms_norm_eps=1e-6, rope_theta=1e6, layer_module="Qwen2MoTDecoderLayer", qk_norm=True,
+            tie_word_embeddings=False,
         ),
         vit=ViTConfig(
             hidden_size=256, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=4,
@@ -149,8 +150,7 @@ def sample_masks(layout: AttentionLayout) -> list[Tensor]:
 def upstream_forward(
     model: Bagel, batch: PackedBatch, latents: Tensor, noise: Tensor, masks: list[Tensor], as_4d: bool
 ) -> Tensor:
-    """Per-token velocity error, computed as the reference does: index assignments everywhere, all rows of all layers.
-    """
+    """Per-token velocity error as the reference computes it: index assignments everywhere, all rows of all layers."""
     llm = model.language_model.model
     und_at = torch.cat([batch.packed_text_indexes, batch.packed_vit_token_indexes])
     gen_at = batch.packed_vae_token_indexes
@@ -248,9 +248,7 @@ def report(results: dict[str, list[dict]]) -> None:
     ours = next(iter(results.values()))
     first, total = ours[0], sum(ours[0]["work_gflop"].values())
     parts = ", ".join(f"{name} {value:.0f}" for name, value in first["work_gflop"].items())
-    print(
-        f"{first['parameters'] / 1e6:.1f} M parameters, {first['tokens']} tokens; {total:.0f} GFLOP ({parts})"
-    )
+    print(f"{first['parameters'] / 1e6:.1f} M parameters, {first['tokens']} tokens; {total:.0f} GFLOP ({parts})")
     columns = ("program", "s/step", "tok/s", "GFLOP/s", "peak", "share", "max RSS MB", "loss", "grad norm")
     print("".join(f"{name:>11}" for name in columns))
     for program, runs in results.items():
