@@ -33,14 +33,12 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        shortcut = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        return shortcut + h
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
 
 
 class AttnBlock(nn.Module):
@@ -91,28 +89,48 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Level(nn.Module):
-    """The residual blocks of one resolution and, on all levels but one, the change to the next."""
+def resnet_blocks(in_channels: int, out_channels: int, num_blocks: int) -> nn.ModuleList:
+    widths = [in_channels] + [out_channels] * num_blocks
+    return nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
 
-    def __init__(self, in_channels: int, out_channels: int, num_blocks: int):
+
+class DownLevel(nn.Module):
+    """The residual blocks of one resolution, then the step to half of it (on all levels but the last)."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, is_last: bool):
         super().__init__()
-        widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
+        self.block = resnet_blocks(in_channels, out_channels, num_blocks)
+        self.downsample = None if is_last else Downsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
             x = block(x)
-        return x
+        return x if self.downsample is None else self.downsample(x)
+
+
+class UpLevel(nn.Module):
+    """The residual blocks of one resolution, then the step to twice of it (on all levels but the first)."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_blocks: int, is_first: bool):
+        super().__init__()
+        self.block = resnet_blocks(in_channels, out_channels, num_blocks)
+        self.upsample = None if is_first else Upsample(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.upsample is None else self.upsample(x)
 
 
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        widths = [config.ch * multiplier for multiplier in config.ch_mult]
+        widths = [config.ch, *(config.ch * multiplier for multiplier in config.ch_mult)]
+        last = len(config.ch_mult) - 1
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
-        self.down = nn.ModuleList(Level(a, b, config.num_res_blocks) for a, b in pairwise([config.ch, *widths]))
-        for level in self.down[:-1]:
-            level.downsample = Downsample(level.block[-1].conv2.out_channels)
+        self.down = nn.ModuleList(
+            DownLevel(widths[i], widths[i + 1], config.num_res_blocks, is_last=i == last) for i in range(last + 1)
+        )
         self.mid = MidBlock(widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
@@ -121,8 +139,6 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -132,12 +148,13 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         widths = [config.ch * multiplier for multiplier in config.ch_mult]
+        widths.append(widths[-1])
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = MidBlock(widths[-1])
-        inputs = [*widths[1:], widths[-1]]
-        self.up = nn.ModuleList(Level(a, b, config.num_res_blocks + 1) for a, b in zip(inputs, widths, strict=True))
-        for level in self.up[1:]:
-            level.upsample = Upsample(level.block[-1].conv2.out_channels)
+        self.up = nn.ModuleList(
+            UpLevel(widths[i + 1], widths[i], config.num_res_blocks + 1, is_first=i == 0)
+            for i in range(len(config.ch_mult))
+        )
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
@@ -145,8 +162,6 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
