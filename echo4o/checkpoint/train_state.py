@@ -25,7 +25,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,8 @@ def _write(
     partial: Path, progress: Progress, engine: Engine, ema: EMA, write_assets: Callable[[Path], None]
 ) -> None:
     state = engine.state() | {"ema": ema.shadow}
-    dcp.save(state, checkpoint_id=partial / "training", no_dist=engine.world_size == 1)
+    with _without_process_group_warning():
+        dcp.save(state, checkpoint_id=partial / "training", no_dist=engine.world_size == 1)
     rank_state = progress.rank | {"rng": rng_state()}
     write_text(partial / "ranks" / f"{engine.rank:05d}.json", json.dumps(rank_state))
     whole = engine.full_state_dict()
@@ -138,6 +140,13 @@ def _write(
     tied = tied_names(engine.module)
     write_weights({name: averages.get(tied.get(name, name), whole[name]) for name in whole}, partial, "ema")
     write_assets(partial)
+
+
+@contextlib.contextmanager
+def _without_process_group_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _publish(partial: Path, folder: Path, step: int) -> None:
@@ -262,7 +271,8 @@ def load(folder: str | Path, engine: Engine, ema: EMA) -> Progress:
     keys = set(reader.read_metadata().state_dict_metadata)
     state = engine.empty_state(keys) | {"ema": ema.shadow}
     _check_same_parameters(keys, state["model"], folder)
-    dcp.load(state, storage_reader=reader, no_dist=engine.world_size == 1)
+    with _without_process_group_warning():
+        dcp.load(state, storage_reader=reader, no_dist=engine.world_size == 1)
     engine.load_state(state)
     ema.num_updates = int(trainer["ema_num_updates"])
     rank = json.loads(rank_file(folder, engine.rank).read_text(encoding="utf-8"))

@@ -11,7 +11,9 @@ from torch import nn
 
 from echo4o.model.config import BagelConfig
 
-GB = 1e9
+
+def size_text(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,11 @@ def banner(
     lines += parameter_lines(model)
     lines += [f"  {name:<22} {text}" for name, text in facts.items()]
     parts = ("weights", "gradients", "optimizer", "ema", "activations")
-    detail = " + ".join(f"{getattr(memory, part) / GB:.2f} {part}" for part in parts)
-    lines.append(f"  {'memory, estimated':<22} {memory.total / GB:.2f} GB = {detail}")
+    detail = " + ".join(f"{size_text(getattr(memory, part))} {part}" for part in parts)
+    lines.append(f"  {'memory, estimated':<22} {size_text(memory.total)} = {detail}")
     if available is not None and memory.total > available:
         lines.append(
-            f"  WARNING: only {available / GB:.2f} GB are available. Lower --expected_num_tokens and --max_num_tokens, "
+            f"  WARNING: only {size_text(available)} are available. Lower --expected_num_tokens and --max_num_tokens, "
             "freeze parts (--freeze_vit True, --freeze_und True), or pass --activation_checkpointing full."
         )
     return "\n".join(lines)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from echo4o.checkpoint import train_state
 from echo4o.config import ConfigError, LoadPlan, RunConfig, plan_loading, save_resolved, validate
 from echo4o.data.loader import LoaderConfig, PackedLoader
 from echo4o.data.packing import Packer, PackingConfig
-from echo4o.data.sources import build_sources
+from echo4o.data.sources import build_sources, read_dataset_config
 from echo4o.data.sources.base import Limits, SourceContext, SourceGroup
 from echo4o.data.tokenizer import SpecialTokens, Tokenizer, add_special_tokens, load_tokenizer
 from echo4o.model import Bagel, BagelConfig
@@ -70,7 +69,8 @@ class Run:
         return Path(self.config.training.results_dir) / METRICS_FILE
 
     def loader_counters(self) -> dict[str, int]:
-        return {f"skipped_rows/{reason}": count for reason, count in self.loader.counters().items()}
+        """Rows read, skipped by reason, and packed, since the run began."""
+        return {f"data/{name}": count for name, count in self.loader.counters().items()}
 
     def write_assets(self, folder: Path) -> None:
         """Everything besides weights that generation from this checkpoint needs, and the settings."""
@@ -83,9 +83,7 @@ class Run:
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
-        close_loader = getattr(self.loader, "close", None)
-        if close_loader is not None:
-            close_loader()
+        self.loader.close()
 
 
 def set_up(config: RunConfig) -> Run:
@@ -188,14 +186,6 @@ def _build_groups(
     config: RunConfig, architecture: BagelConfig, tokenizer: Tokenizer, special_tokens: SpecialTokens
 ) -> list[SourceGroup]:
     path = Path(config.data.dataset_config_file)
-    try:
-        groups = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"dataset_config_file is {path}, which cannot be read ({error.strerror}); correct the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(groups, Mapping):
-        raise ConfigError(f"{path} holds no data set groups; see data/configs/example.yaml of upstream or TRAIN.md")
     context = SourceContext(
         tokenizer=tokenizer,
         special_tokens=special_tokens,
@@ -212,7 +202,7 @@ def _build_groups(
         visual_gen=architecture.visual_gen,
         visual_und=architecture.visual_und,
     )
-    return build_sources(dict(groups), context)
+    return build_sources(read_dataset_config(path), context)
 
 
 def _build_loader(

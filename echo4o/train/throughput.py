@@ -90,7 +90,7 @@ class Throughput:
 
     def reset(self) -> None:
         self._start = time.perf_counter()
-        self._waited = self._flops = 0.0
+        self._waited = self._paused = self._flops = 0.0
         self._num_tokens = self._num_packs = self._num_samples = self._num_steps = 0
 
     def add_step(self, batches: Sequence[PackedBatch]) -> None:
@@ -108,11 +108,18 @@ class Throughput:
         yield
         self._waited += time.perf_counter() - start
 
+    @contextmanager
+    def paused(self):
+        """Time spent inside (saving) counts as no time at all."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
     def summary(self, world_size: int = 1) -> dict[str, float]:
         """Rates of this rank; `world_size` scales the token rates to all ranks."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        seconds = max(time.perf_counter() - self._start, 1e-9)
+        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         steps = max(1, self._num_steps)
         tflops = self._flops / seconds / 1e12
         values = {

@@ -210,14 +210,22 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
         }
         progress = Progress(run.step, trainer, {"data": run.loader.state_dict()})
-        try:
-            folder = train_state.save(
-                self.config.checkpoint_dir, progress, run.engine, run.ema, run.write_assets, self.config.keep_last_n
-            )
-            self.console.say(f"saved {folder}")
+        with run.throughput.paused():
+            try:
+                folder = train_state.save(
+                    self.config.checkpoint_dir, progress, run.engine, run.ema, run.write_assets, self.config.keep_last_n
+                )
+                self.console.say(f"saved {folder}")
+            except CheckpointError as error:
+                if not may_fail:
+                    raise
+                logger.warning("%s; training goes on, the previous checkpoint is untouched", error)
             if run.engine.rank == 0:
-                plot_losses(run.metrics_path, run.metrics_path.with_name(PLOT_FILE))
-        except (CheckpointError, OSError) as error:
-            if not may_fail:
-                raise
-            logger.warning("%s; training goes on, the previous checkpoint is untouched", error)
+                self.plot()
+
+    def plot(self) -> None:
+        metrics = self.run.metrics_path
+        try:
+            plot_losses(metrics, metrics.with_name(PLOT_FILE))
+        except OSError as error:
+            logger.warning("cannot draw the loss plot: %s", error)

@@ -1,0 +1,34 @@
+"""A training in a process of its own, to be killed: ``python -m tests.train.kill_run settings.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from echo4o.config import load_config
+from echo4o.train import trainer as trainer_module
+
+
+def main() -> None:
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    kill_at, kill_with = settings.pop("kill_at", None), settings.pop("kill_with", "SIGKILL")
+    torch.set_num_threads(1)
+    if kill_at is not None:
+        count = trainer_module.Trainer.count
+
+        def count_then_die(self, result, micro_batches) -> None:
+            count(self, result, micro_batches)
+            if self.run.step == kill_at:
+                os.kill(os.getpid(), signal.Signals[kill_with])
+
+        trainer_module.Trainer.count = count_then_die
+    trainer_module.train(load_config((), settings))
+
+
+if __name__ == "__main__":
+    main()
