@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from echo4o.data.errors import GridError
 
-#: torch.arange computes whole groups of this many float32 numbers from one base; see `interpolated_buckets`.
-_ARANGE_GROUP = 8
+#: torch.arange computes this many float32 numbers from one base; see `_float32_range`.
+_ARANGE_VECTOR = 8
 
 
 def position_ids(height: int, width: int, patch: int, max_per_side: int, interpolate: bool = False) -> Tensor:
@@ -56,17 +58,24 @@ def interpolated_buckets(num_patches: int, max_per_side: int) -> np.ndarray:
     """Table row of each of `num_patches` patches spread over `max_per_side` rows: (num_patches,) int64.
 
     Upstream buckets ``torch.arange(0, 1 - 1e-6, 1/n)`` by the boundaries ``arange(1/max, 1, 1/max)`` in float32, so the
-    result near ties depends on how arange rounds: groups of eight are a float32 base plus float64 multiples of the
-    step, the left-over tail is rounded one by one. The recipe is written out here so that it holds on every machine.
+    result near ties depends on how arange rounds. That recipe is written out here, to hold on every machine.
     """
-    step = 1 / num_patches
-    index = np.arange(num_patches)
-    base = (index // _ARANGE_GROUP * _ARANGE_GROUP * step).astype(np.float32).astype(np.float64)
-    coordinates = (base + index % _ARANGE_GROUP * step).astype(np.float32)
-    tail = num_patches - num_patches % _ARANGE_GROUP
-    coordinates[tail:] = (index[tail:] * step).astype(np.float32)
-    boundaries = (1 / max_per_side + np.arange(max_per_side - 1) * (1 / max_per_side)).astype(np.float32)
+    coordinates = _float32_range(0.0, 1 - 1e-6, 1 / num_patches)
+    boundaries = _float32_range(1 / max_per_side, 1.0, 1 / max_per_side)
     return np.searchsorted(boundaries, coordinates, side="right").astype(np.int64)
+
+
+def _float32_range(start: float, end: float, step: float) -> np.ndarray:
+    """What ``torch.arange`` gives in float32: vectors of eight are a float32 base plus float64 multiples of the step;
+    vectors come in pairs, and what is left over is rounded number by number."""
+    length = math.ceil((end - start) / step)
+    index = np.arange(length)
+    in_vector = index % _ARANGE_VECTOR
+    base = (start + (index - in_vector) * step).astype(np.float32).astype(np.float64)
+    values = (base + in_vector * step).astype(np.float32)
+    tail = length - length % (2 * _ARANGE_VECTOR)
+    values[tail:] = (start + index[tail:] * step).astype(np.float32)
+    return values
 
 
 def patchify_image(image: Tensor, patch: int) -> Tensor:

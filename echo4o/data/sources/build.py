@@ -254,7 +254,7 @@ def _build(cls: type, values: Mapping[str, Any], place: str) -> Any:
         raise DataError(f"{place} lacks {', '.join(missing)}")
     try:
         return cls(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, DataError) as error:
         raise DataError(f"{place}: {error}") from error
 
 

@@ -21,6 +21,8 @@ from echo4o.data.tokenizer import Tokenizer
 
 #: Start and end marker of an image, bos and eos of a text.
 NUM_MARKERS = 2
+#: No image file is smaller than this in base64; a shorter text is a path.
+_MIN_BASE64 = 48
 
 
 class Picture(Protocol):
@@ -77,12 +79,12 @@ class PictureReader:
 
     @staticmethod
     def _embedded(text: str) -> bytes | None:
-        """Bytes of a data URL or base64 text; None for a path (which has a dot, base64 has none)."""
+        """Bytes of a data URL or base64 text; None for a path (which is short or has a dot, base64 neither)."""
         is_url = text.startswith("data:")
-        if not is_url and "." in text:
+        if not is_url and (len(text) < _MIN_BASE64 or "." in text):
             return None
         try:
-            return base64.b64decode(text.partition(",")[2] if is_url else text, validate=not is_url)
+            return base64.b64decode("".join(text.partition(",")[2].split() if is_url else text.split()), validate=True)
         except binascii.Error as error:
             if is_url:
                 raise RowError("image unreadable", detail=f"broken data URL: {error}") from error
@@ -91,10 +93,13 @@ class PictureReader:
     def path(self, text: str) -> Path:
         """First existing candidate for a path; the plain one if none exists."""
         path = Path(text)
-        if path.is_absolute() and path.exists():
-            return path
-        candidates = [folder / text.lstrip("/") for folder in self.folders] or [path]
-        return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
+        candidates = [folder / text.lstrip("/") for folder in self.folders]
+        if path.is_absolute() or not candidates:
+            candidates.insert(0, path)
+        try:
+            return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
+        except OSError as error:
+            raise RowError("image missing", detail=f"{text[:80]}…: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

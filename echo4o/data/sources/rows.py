@@ -99,7 +99,7 @@ class GroupRows:
         data_set = self._data_sets[part]
         index = address.index - (self._ends[part - 1] if part else 0)
         file, row = data_set.store.where(index)
-        seed = item_seed(self._data_seed, address.epoch, f"{self.name}/{data_set.name}", index)
+        seed = item_seed(self._data_seed, address.epoch, self.name, address.index)
         try:
             values = data_set.store.read(index)
             drafts = self._planner.draft(values, self._picture_reader(data_set, index), random.Random(seed))
