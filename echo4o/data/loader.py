@@ -8,7 +8,6 @@ taken from the workers in turn.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,6 +136,11 @@ def _identity(delivery: _Delivery) -> _Delivery:
     return delivery
 
 
+def _summed(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0) for part in parts) for name in names}
+
+
 class PackedLoader:
     """An endless iterator of packed batches for one rank.
 
@@ -178,13 +182,13 @@ class PackedLoader:
     def __next__(self) -> PackedBatch:
         if self._iterator is None:
             self._iterator = self._start()
-        delivery = self._take(self._iterator)
+        delivery, batch = self._take(self._iterator)
         stream = self.num_batches % self.config.num_streams
         self._states[stream] = delivery.state
         self._counters[stream] = delivery.counters
         self._timings[stream] = delivery.timings
         self.num_batches += 1
-        return delivery.batch
+        return batch
 
     def _start(self) -> Iterator[_Delivery]:
         config = self.config
@@ -208,7 +212,7 @@ class PackedLoader:
             )
         )
 
-    def _take(self, iterator: Iterator[_Delivery]) -> _Delivery:
+    def _take(self, iterator: Iterator[_Delivery]) -> tuple[_Delivery, PackedBatch]:
         try:
             delivery = next(iterator)
         except RuntimeError as error:
@@ -221,10 +225,10 @@ class PackedLoader:
                 "--max_buffer_size; a bus error means that /dev/shm is too small (docker run --shm-size=8g). "
                 "With --num_workers 0 the error shows in the training process."
             ) from error
-        if delivery.error:
+        if delivery.batch is None:
             self.close()
             raise DataError(delivery.error)
-        return delivery
+        return delivery, delivery.batch
 
     def close(self) -> None:
         """Stop the worker processes. Iterating again continues after the last batch taken."""
@@ -238,12 +242,11 @@ class PackedLoader:
 
     def counters(self) -> dict[str, int]:
         """Rows read, skipped (``too_long``, ``bad: reason``) and packed, over this rank's workers."""
-        return dict(sum((Counter(counters) for counters in self._counters), Counter()))
+        return _summed(self._counters)
 
     def timings(self) -> dict[str, float]:
         """Seconds by stage (read, plan, decode, pack), summed over this rank's workers since they started."""
-        stages = {stage for timings in self._timings for stage in timings}
-        return {stage: sum(timings.get(stage, 0.0) for timings in self._timings) for stage in sorted(stages)}
+        return _summed(self._timings)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state of the stream after the last batch taken."""

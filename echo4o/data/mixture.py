@@ -263,4 +263,5 @@ class Mixture:
         self.num_draws = state["draws"]
         self.ledger.load_state_dict(state["ledger"])
         for name, cursor in self._cursors.items():
-            cursor.load_state_dict(state["groups"][name])
+            if cursor.group.resume_data_status:
+                cursor.load_state_dict(state["groups"][name])

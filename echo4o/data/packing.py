@@ -228,8 +228,7 @@ def _splits(segments: Sequence[Segment], dropped: Sequence[bool]) -> list[list[i
 
 def _draw_seed(generator: torch.Generator | np.random.Generator | random.Random | None) -> int:
     if isinstance(generator, torch.Generator):
-        device = generator.device
-        return int(torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device))
+        return int(torch.randint(0, 2**63 - 1, (1,), generator=generator, device=generator.device))
     if isinstance(generator, np.random.Generator):
         return int(generator.integers(0, 2**63 - 1))
     if isinstance(generator, random.Random):

@@ -100,6 +100,7 @@ class PackedSequence:
         self._close_split()
 
     def _add_image(self, segment: Segment, timestep: float, noise_seed: int) -> None:
+        assert segment.image is not None
         noised = is_noised(segment)
         self._open_split("noise" if noised and segment.frame_delta is None else "full", timestep)
         height, width = segment.image.shape[1:]
@@ -114,7 +115,9 @@ class PackedSequence:
             self._append("vit_indexes", tokens)
             self._append("vit_position_ids", grid_ids)
             self._append("vit_seqlens", np.array([count]))
-            self.vit_tokens.append(patchify_image(segment.image, self.config.vit_patch_size))
+            # Patches end in the channel axis: from a channels-last image they are copied twice as fast.
+            channels_last = segment.image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+            self.vit_tokens.append(patchify_image(channels_last, self.config.vit_patch_size))
         else:
             self._append("vae_indexes", tokens)
             self._append("latent_position_ids", grid_ids)
@@ -161,19 +164,22 @@ class PackedSequence:
     def _append(self, name: str, array: np.ndarray) -> None:
         self.arrays.setdefault(name, []).append(array)
 
+    def _joined(self, name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate(self.arrays[name]))
+
     def _tensor(self, name: str) -> Tensor | None:
-        arrays = self.arrays.get(name)
-        return None if arrays is None else torch.from_numpy(np.concatenate(arrays))
+        return self._joined(name) if name in self.arrays else None
 
     def batch(self) -> PackedBatch:
+        """The finished pack; it must hold at least one segment."""
         return PackedBatch(
             sequence_length=self.length,
             sample_lens=self.sample_lens,
             split_lens=self.split_lens,
             attn_modes=self.attn_modes,
-            packed_text_ids=self._tensor("text_ids"),
-            packed_text_indexes=self._tensor("text_indexes"),
-            packed_position_ids=self._tensor("rope"),
+            packed_text_ids=self._joined("text_ids"),
+            packed_text_indexes=self._joined("text_indexes"),
+            packed_position_ids=self._joined("rope"),
             packed_vit_tokens=torch.cat(self.vit_tokens) if self.vit_tokens else None,
             packed_vit_token_indexes=self._tensor("vit_indexes"),
             packed_vit_position_ids=self._tensor("vit_position_ids"),

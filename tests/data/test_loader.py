@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echo4o.data.composition import MAX_PASSES, BatchComposer, best_fit
+from echo4o.data.composition import MAX_PASSES, PATIENCE, BatchComposer, best_fit
 from echo4o.data.errors import DataError
 from echo4o.data.loader import LoaderConfig, PackedLoader
 from echo4o.data.mixture import Mixture
@@ -77,21 +77,27 @@ def test_packs_keep_the_limits_and_lose_no_row():
     counters = stream.counters()
     accounted = len(packed) + counters["too_long"] + counters["bad_rows"] + counters["buffered"]
     assert accounted == counters["rows"] and counters["too_long"] > 2 and counters["bad_rows"] > 0
-    waiting = {tuple(address) for _, address in stream.state_dict()["streams"][0]["buffer"]}
+    waiting = {tuple(address) for _, address, _ in stream.state_dict()["streams"][0]["buffer"]}
     rows_seen = {row.split("/")[1] for row in packed} | {f"{epoch}:{index}" for _, epoch, index in waiting}
     for epoch in (0, 1, 2):
         missing = {f"{epoch}:{index}" for index in range(62)} - rows_seen
         assert missing == {f"{epoch}:{index}" for index in (7, 60, 61)}
 
 
-def test_the_oldest_row_is_always_in():
-    stream = loader([group("a", sizes(50))])
-    oldest = None
-    for _ in range(40):
-        batch = next(stream)
-        assert oldest is None or oldest in batch.sample_rows
-        _, (name, epoch, index) = stream.state_dict()["streams"][0]["buffer"][0]
-        oldest = f"{name}/{epoch}:{index}"
+def test_no_row_waits_for_ever():
+    """Two rows of 51 never fit together and are never the best fit; they go in all the same."""
+    stream = loader([group("a", [*[50] * 40, 51, 52])])
+    drawn_at, longest = {}, 0
+    for number in range(120):
+        held = (
+            {tuple(address): number for _, address, _ in stream.state_dict()["streams"][0]["buffer"]} if number else {}
+        )
+        drawn_at = held | drawn_at
+        for row in next(stream).sample_rows:
+            epoch, index = map(int, row.split("/")[1].split(":"))
+            longest = max(longest, number - drawn_at.pop(("a", epoch, index), number))
+    patience = PATIENCE * LIMITS["max_buffer_size"]
+    assert patience - 1 <= longest <= patience + LIMITS["max_buffer_size"]
 
 
 def test_a_pack_of_the_expected_length_is_emitted_at_once():
@@ -170,8 +176,8 @@ def test_mandatory_groups_that_do_not_fit_together_take_turns():
 
 
 def test_rows_that_never_fit_beside_a_mandatory_one_do_not_starve(caplog):
-    stream = loader([group("m", [55] * 5, 0.0, True), group("a", [50] * 5, 1.0)])
-    batches = list(itertools.islice(stream, 2 * MAX_PASSES + 4))
+    stream = loader([group("m", [55] * 5, 0.0, True), group("a", [50] * 5, 1.0)], max_buffer_size=2)
+    batches = list(itertools.islice(stream, 2 * (PATIENCE * 2 + MAX_PASSES + 1)))
     without = [batch for batch in batches if "m" not in batch.sample_names]
     assert len(without) == 2 and all(batch.sample_names == ["a", "a"] for batch in without)
     assert "max_num_tokens" in caplog.text
