@@ -220,4 +220,4 @@ def test_real_photographs_keep_their_content():
         size = probe_size(buffer.getvalue())
         assert tuple(result.shape) == (3, *reversed(transform.target_size(*size)))
         assert result.mean().item() == pytest.approx(pixels.mean() / 127.5 - 1, abs=0.02)
-        assert -1 <= result.min() and result.max() <= 1
+        assert result.min() >= -1 and result.max() <= 1

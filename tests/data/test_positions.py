@@ -41,7 +41,7 @@ def test_interpolated_buckets_are_those_of_torch(num_patches, max_per_side):
     boundaries = torch.arange(1 / max_per_side, 1, 1 / max_per_side)
     buckets = interpolated_buckets(num_patches, max_per_side)
     assert np.array_equal(buckets, torch.bucketize(coordinates, boundaries, right=True).numpy())
-    assert 0 <= buckets.min() and buckets.max() < max_per_side
+    assert buckets.min() >= 0 and buckets.max() < max_per_side
 
 
 def test_a_grid_beyond_the_table_is_refused_unless_interpolated():

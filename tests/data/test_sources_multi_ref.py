@@ -50,6 +50,9 @@ def test_the_plan_is_upstreams(tmp_path):
         ("vae_image", 200, True, False),
     ]
     assert plan.num_tokens == count_tokens(sample)
+    laid_out = [(segment.kind, segment.droppable) for segment in plan.segments]
+    assert laid_out == [(segment.kind, segment.droppable) for segment in sample.segments]
+    assert sum(segment.num_tokens for segment in plan.segments) == plan.num_tokens
     assert (plan.name, plan.row) == ("data", f"{tmp_path}/rows/a.parquet:0") == (sample.name, sample.row)
     assert plan.seed == sample.seed == item_seed(42, 0, "multi_ref", 0)
 

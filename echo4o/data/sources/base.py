@@ -22,6 +22,7 @@ __all__ = [
     "DataError",
     "GridError",
     "Limits",
+    "PlannedSegment",
     "RowError",
     "RowPlan",
     "Source",
@@ -39,6 +40,19 @@ class Address(NamedTuple):
     index: int
 
 
+class PlannedSegment(Protocol):
+    """A segment before decoding. `num_tokens` includes its two markers (bos and eos for text)."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def droppable(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class RowPlan:
     """One row, ready to be packed, with nothing decoded yet.
@@ -50,6 +64,8 @@ class RowPlan:
         row: ``file:row``, for messages.
         name: data set it belongs to.
         load: decodes and transforms the images; raises RowError where one turns out to be broken.
+        segments: what `load` will give, in order; dropout is seeded by the row, so that the length that remains after
+            it can be told before anything is decoded.
     """
 
     address: Address
@@ -58,6 +74,7 @@ class RowPlan:
     row: str
     name: str
     load: Callable[[], Sample]
+    segments: tuple[PlannedSegment, ...] = ()
 
 
 class Source(Protocol):

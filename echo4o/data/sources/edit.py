@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from echo4o.data.errors import RowError
 from echo4o.data.sources.columns import (
@@ -33,7 +33,7 @@ class EditPlanner:
 
     drafter: Drafter
     visual_und: bool = True
-    columns = (*INSTRUCTION, *INPUT_IMAGES, *OUTPUT_IMAGE)
+    columns: ClassVar[tuple[str, ...]] = (*INSTRUCTION, *INPUT_IMAGES, *OUTPUT_IMAGE)
 
     def draft(self, row: Mapping[str, Any], pictures: PictureReader, rng: random.Random) -> list[SegmentDraft]:
         sources, target = references_and_target(row)

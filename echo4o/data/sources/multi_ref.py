@@ -10,7 +10,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from echo4o.data.errors import DataError, RowError
 from echo4o.data.images import fit_pixels
@@ -65,7 +65,7 @@ class MultiRefPlanner:
     drafter: Drafter
     options: MultiRefOptions
     visual_und: bool = True
-    columns = (*INSTRUCTION, *INPUT_IMAGES, *OUTPUT_IMAGE)
+    columns: ClassVar[tuple[str, ...]] = (*INSTRUCTION, *INPUT_IMAGES, *OUTPUT_IMAGE)
 
     def draft(self, row: Mapping[str, Any], pictures: PictureReader, rng: random.Random) -> list[SegmentDraft]:
         images, target = references_and_target(row)

@@ -50,7 +50,8 @@ def renumber(text: str, new_numbers: Sequence[int]) -> str:
         return str(new_numbers[index]) if 0 <= index < len(new_numbers) else str(number)
 
     def rewritten(match: re.Match[str]) -> str:
-        kind, value = match.lastgroup, match[match.lastgroup]
+        kind = match.lastgroup or ""
+        value = match[kind]
         if kind == "ordinal":
             return _reordinal(value, new_numbers)
         place = match.start(kind) - match.start()

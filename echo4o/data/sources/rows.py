@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from echo4o.data.errors import RowError
 from echo4o.data.images import DEFAULT_PIXEL_LIMIT
@@ -35,7 +36,7 @@ class RowPlanner(Protocol):
     """Turns the columns of a raw row into segments. One for each kind of data."""
 
     #: Columns it may look at, aliases included.
-    columns: tuple[str, ...]
+    columns: ClassVar[tuple[str, ...]]
 
     def draft(self, row: Mapping[str, Any], pictures: PictureReader, rng: random.Random) -> list[SegmentDraft]:
         """Segments in sequence order. Raises RowError."""
@@ -77,6 +78,8 @@ class GroupRows:
         pixel_limit: int = DEFAULT_PIXEL_LIMIT,
     ) -> None:
         self.name = name
+        #: Time spent reading rows from disk so far, for the loader's timings by stage.
+        self.read_seconds = 0.0
         self._data_sets = list(data_sets)
         self._planner = planner
         self._data_seed = data_seed
@@ -101,13 +104,15 @@ class GroupRows:
         file, row = data_set.store.where(index)
         seed = item_seed(self._data_seed, address.epoch, self.name, address.index)
         try:
+            read_start = time.perf_counter()
             values = data_set.store.read(index)
+            self.read_seconds += time.perf_counter() - read_start
             drafts = self._planner.draft(values, self._picture_reader(data_set, index), random.Random(seed))
         except RowError as error:
             raise error.at(file, row) from error
         num_tokens = sum(draft.num_tokens for draft in drafts)
         load = SampleLoader(drafts, seed, data_set.name, file, row)
-        return RowPlan(address, num_tokens, seed, f"{file}:{row}", data_set.name, load)
+        return RowPlan(address, num_tokens, seed, f"{file}:{row}", data_set.name, load, tuple(drafts))
 
     def _picture_reader(self, data_set: DataSet, index: int) -> PictureReader:
         folders = (data_set.image_folder, data_set.store.folder(index))

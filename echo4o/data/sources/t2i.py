@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from echo4o.data.errors import RowError
 from echo4o.data.sources.columns import OUTPUT_IMAGE, as_list, first_of, pick_phrase
@@ -21,7 +21,7 @@ class T2IPlanner:
     """Caption (droppable), then the image (loss). No caption at all is a single space, as upstream."""
 
     drafter: Drafter
-    columns = ("captions", *_CAPTION, *_IMAGE)
+    columns: ClassVar[tuple[str, ...]] = ("captions", *_CAPTION, *_IMAGE)
 
     def draft(self, row: Mapping[str, Any], pictures: PictureReader, rng: random.Random) -> list[SegmentDraft]:
         _, image = first_of(row, _IMAGE)

@@ -74,7 +74,7 @@ class VideoFile:
 class DecordVideo(VideoFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        import decord
+        import decord  # pyright: ignore[reportMissingImports]
 
         self._reader = decord.VideoReader(str(path), num_threads=1)
         self.num_frames = len(self._reader)
@@ -88,7 +88,7 @@ class DecordVideo(VideoFile):
 class PyAvVideo(VideoFile):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        import av
+        import av  # pyright: ignore[reportMissingImports]
 
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -97,7 +97,7 @@ class PyAvVideo(VideoFile):
             self.num_frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
 
     def frames(self, indices: Sequence[int]) -> list[Image.Image]:
-        import av
+        import av  # pyright: ignore[reportMissingImports]
 
         wanted = set(indices)
         found = []

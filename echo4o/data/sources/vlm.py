@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from echo4o.data.errors import RowError
 from echo4o.data.sources.columns import as_list, first_of
@@ -28,7 +28,7 @@ class VlmPlanner:
 
     drafter: Drafter
     sampler: FrameSampler
-    columns = ("conversations", "image", "images", "video")
+    columns: ClassVar[tuple[str, ...]] = ("conversations", "image", "images", "video")
 
     def draft(self, row: Mapping[str, Any], pictures: PictureReader, rng: random.Random) -> list[SegmentDraft]:
         turns = _turns(row)
