@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 MARKER = "complete"
 FORMAT = 1
 _STEP_NAME = re.compile(r"\d{7,}")
+_REMAINS = re.compile(r"\d{7,}\.(partial|replaced)")
 
 
 class CheckpointError(RuntimeError):
@@ -93,9 +94,6 @@ def save(
         CheckpointError: if anything fails; earlier checkpoints are untouched then.
     """
     folder = step_folder(checkpoint_dir, progress.step)
-    if is_complete(folder):
-        logger.info("%s exists and is complete: not written again", folder)
-        return folder
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         if engine.rank == 0:
@@ -116,9 +114,7 @@ def save(
     return folder
 
 
-def _write(
-    partial: Path, progress: Progress, engine: Engine, ema: EMA, write_assets: Callable[[Path], None]
-) -> None:
+def _write(partial: Path, progress: Progress, engine: Engine, ema: EMA, write_assets: Callable[[Path], None]) -> None:
     state = engine.state() | {"ema": ema.shadow}
     with _without_process_group_warning():
         dcp.save(state, checkpoint_id=partial / "training", no_dist=engine.world_size == 1)
@@ -157,11 +153,13 @@ def _publish(partial: Path, folder: Path, step: int) -> None:
     write_text(partial / MARKER, json.dumps({"format": FORMAT, "step": step, "files": sizes}, indent=1))
     for path in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
         _sync(path)
+    replaced = folder.with_name(f"{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
-        # Not complete (checked by the caller), so nobody can be using it.
-        shutil.rmtree(folder)
+        os.rename(folder, replaced)
     os.rename(partial, folder)
     _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -204,7 +202,9 @@ def faults(folder: str | Path) -> list[str]:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         sizes = {name: int(size) for name, size in marker["files"].items()}
     except FileNotFoundError:
-        return [f"{folder} has no {MARKER} marker: its save was interrupted, or it is not one of our training checkpoints"]
+        return [
+            f"{folder} has no {MARKER} marker: its save was interrupted, or it is not one of our training checkpoints"
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{folder / MARKER} is unreadable ({error})"]
     found = []
@@ -234,8 +234,8 @@ def latest(checkpoint_dir: str | Path) -> Path | None:
 
 def prune(checkpoint_dir: str | Path, keep_last_n: int) -> None:
     """Remove all but the newest `keep_last_n` complete checkpoints (0: remove none), and remains of killed saves."""
-    for path in Path(checkpoint_dir).glob("*.partial"):
-        if _STEP_NAME.fullmatch(path.stem):
+    for path in Path(checkpoint_dir).iterdir():
+        if _REMAINS.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
     for step in steps(checkpoint_dir)[:-keep_last_n] if keep_last_n > 0 else []:
         folder = step_folder(checkpoint_dir, step)
@@ -245,6 +245,24 @@ def prune(checkpoint_dir: str | Path, keep_last_n: int) -> None:
             shutil.rmtree(folder)
         except OSError as error:
             logger.warning("cannot remove the old checkpoint %s: %s", folder, error)
+
+
+def set_aside_later(checkpoint_dir: str | Path, step: int) -> Path | None:
+    """Move checkpoints beyond `step` into ``earlier_run_N``, so that a run starting there cannot be confused with them.
+
+    Returns:
+        The folder they are in now, None if there were none.
+    """
+    checkpoint_dir = Path(checkpoint_dir)
+    later = [step_folder(checkpoint_dir, other) for other in steps(checkpoint_dir) if other > step]
+    if not later:
+        return None
+    number = next(n for n in range(1, 1_000_000) if not (checkpoint_dir / f"earlier_run_{n}").exists())
+    target = checkpoint_dir / f"earlier_run_{number}"
+    target.mkdir()
+    for folder in later:
+        os.rename(folder, target / folder.name)
+    return target
 
 
 # ---------------------------------------------------------------- load
@@ -283,7 +301,9 @@ def load(folder: str | Path, engine: Engine, ema: EMA) -> Progress:
 def rank_file(folder: Path, rank: int) -> Path:
     path = folder / "ranks" / f"{rank:05d}.json"
     if not path.exists():
-        raise CheckpointError(f"{folder} was written by fewer ranks than {rank + 1}: no {path.name} in its ranks folder")
+        raise CheckpointError(
+            f"{folder} was written by fewer ranks than {rank + 1}: no {path.name} in its ranks folder"
+        )
     return path
 
 
@@ -307,7 +327,7 @@ def _check_same_parameters(keys: set[str], model: Mapping[str, Any], folder: Pat
 def rng_state() -> dict[str, Any]:
     """JSON-able state of the global generators (our own decisions use none, but kernels and libraries may)."""
     version, words, gauss = random.getstate()
-    name, numpy_words, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    name, numpy_words, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
         "python": [version, list(words), gauss],
         "numpy": [name, numpy_words.tolist(), position, has_gauss, cached],
@@ -322,7 +342,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, numpy_words, *rest = state["numpy"]
-    np.random.set_state((name, np.array(numpy_words, dtype=np.uint32), *rest))  # noqa: NPY002
+    np.random.set_state((name, np.array(numpy_words, dtype=np.uint32), *rest))
     torch.set_rng_state(_decode(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_decode(state["cuda"]))

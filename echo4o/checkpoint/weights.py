@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from echo4o.model.pretrained import find_weights, iter_tensors
+from echo4o.model.pretrained import find_weights, iter_tensors, read_shapes
 
 
 def write_weights(
@@ -70,6 +70,11 @@ def load_llm_part(model: nn.Module, folder: str | Path) -> list[str]:
     if model.config.llm.tie_word_embeddings:
         names.pop("lm_head.weight")
     missing = _copy_part(model, _part_weights(folder, "llm_path"), names)
+    if "lm_head.weight" in missing:
+        # Small Qwen2 models tie their head to the embeddings and leave it out of the file.
+        with torch.no_grad():
+            model.language_model.lm_head.weight.copy_(model.language_model.model.embed_tokens.weight)
+        missing.remove("lm_head.weight")
     return _refuse_missing(missing, folder, "Qwen2", allowed=("moe_gen", "q_norm", "k_norm"))
 
 
@@ -82,8 +87,11 @@ def load_vit_part(model: nn.Module, folder: str | Path) -> list[str]:
         FileNotFoundError: if there are no weights.
         ValueError: if tensors are missing or have another shape.
     """
-    names = {name: f"vit_model.{name}" for name in model.vit_model.state_dict()}
-    missing = _copy_part(model, _part_weights(folder, "vit_path"), names)
+    path = _part_weights(folder, "vit_path")
+    # transformers 5 writes SigLIP's vision tower without the prefix of earlier versions.
+    prefix = "" if any(name.startswith("vision_model.") for name in read_shapes(path)) else "vision_model."
+    names = {name.removeprefix(prefix): f"vit_model.{name}" for name in model.vit_model.state_dict()}
+    missing = _copy_part(model, path, names)
     return _refuse_missing(missing, folder, "SigLIP", allowed=("rope.",))
 
 
@@ -95,7 +103,9 @@ def patch_convolution_to_linear(weight: Tensor) -> Tensor:
 def _part_weights(folder: str | Path, flag: str) -> Path:
     path = find_weights(folder, "model")
     if path is None:
-        raise FileNotFoundError(f"{flag} is {folder}, which holds no model.safetensors (nor model.safetensors.index.json)")
+        raise FileNotFoundError(
+            f"{flag} is {folder}, which holds no model.safetensors (nor model.safetensors.index.json)"
+        )
     return path
 
 
@@ -119,7 +129,9 @@ def _copy_part(model: nn.Module, path: Path, names: Mapping[str, str]) -> list[s
 def _refuse_missing(missing: list[str], folder: str | Path, kind: str, allowed: tuple[str, ...]) -> list[str]:
     fatal = [name for name in missing if not any(part in name for part in allowed)]
     if fatal:
-        raise ValueError(f"{folder} lacks {len(fatal)} tensors of a {kind} model, e.g. {', '.join(fatal[:3])}; is it one?")
+        raise ValueError(
+            f"{folder} lacks {len(fatal)} tensors of a {kind} model, e.g. {', '.join(fatal[:3])}; is it one?"
+        )
     return missing
 
 

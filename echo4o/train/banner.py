@@ -58,7 +58,9 @@ def _activation_numbers(config: BagelConfig, mode: str) -> int:
     q, kv = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
     attention = 2 * (2 * q + 2 * kv) + 2 * q
     whole = 6 * llm.hidden_size + attention + 4 * llm.intermediate_size
-    kept = {"none": whole, "selective": 2 * llm.hidden_size + q + kv + llm.intermediate_size, "full": llm.hidden_size}[mode]
+    kept = {"none": whole, "selective": 2 * llm.hidden_size + q + kv + llm.intermediate_size, "full": llm.hidden_size}[
+        mode
+    ]
     # Besides the layers' own: one layer being recomputed, and the embeddings.
     return llm.num_hidden_layers * kept + (whole if mode != "none" else 0) + 3 * llm.hidden_size
 

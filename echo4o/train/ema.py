@@ -24,7 +24,9 @@ class EMA:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, bias_correction: bool = False) -> None:
         if not 0.0 <= decay < 1.0:
-            raise ValueError(f"ema is {decay}; the decay must be in [0, 1), e.g. 0.9999 for long and 0.995 for short runs")
+            raise ValueError(
+                f"ema is {decay}; the decay must be in [0, 1), e.g. 0.9999 for long and 0.995 for short runs"
+            )
         self.decay = decay
         self.bias_correction = bias_correction
         self.num_updates = 0

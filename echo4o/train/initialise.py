@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from echo4o.checkpoint.weights import load_llm_part, load_vit_part
 from echo4o.config import ConfigError, LoadPlan, RunConfig
 from echo4o.model import Bagel, BagelConfig, LLMConfig, VAEConfig, ViTConfig
-from echo4o.model.pretrained import find_weights, read_shapes
+from echo4o.model.pretrained import find_weights, read_shapes, shard_files
 from echo4o.model.vae import WEIGHTS_FILE, infer_config
 
 #: Flags that are named differently in the model's config.
@@ -71,14 +72,20 @@ def _from_weights(folder: str | Path, weights: str | None, architecture: BagelCo
     if path is None:
         wanted = f"{weights}.safetensors" if weights else "ema.safetensors or model.safetensors"
         raise ConfigError(
-            f"{folder} has no {wanted} (nor a sharded index of it). Download it, or choose other weights with --init_weights."
+            f"{folder} has no {wanted} (nor a sharded index of it). Download it, or choose other weights with "
+            "--init_weights."
         )
     try:
+        size = sum(file.stat().st_size for file in shard_files(path))
+        print(f"reading {path} ({size / 1e9:.2f} GB) …", flush=True)
+        started = time.perf_counter()
         model = Bagel.from_pretrained(folder, weights=weights, config=architecture)
         names = set(model.state_dict(keep_vars=True))
         unexpected = [name for name in read_shapes(path) if name not in names]
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
+    seconds = time.perf_counter() - started
+    print(f"read in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)", flush=True)
     return InitialModel(model, str(path), unexpected, path)
 
 
@@ -211,8 +218,8 @@ def _read_config(folder: str | Path, flag: str) -> dict:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{flag} is {folder}, but there is no {path}. Give a local Hugging Face folder, or start from a BAGEL folder "
-            "with --init_from."
+            f"{flag} is {folder}, but there is no {path}. Give a local Hugging Face folder, or start from a BAGEL "
+            "folder with --init_from."
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))

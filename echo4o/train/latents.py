@@ -26,7 +26,9 @@ def encode_batch(vae: AutoEncoder, batch: PackedBatch, latent_patch_size: int) -
     if batch.packed_vae_token_indexes is None or not len(batch.packed_vae_token_indexes):
         return None, None
     if not batch.vae_images or batch.vae_image_indexes is None or batch.vae_seeds is None:
-        raise ValueError("a batch with latent tokens needs vae_images, vae_image_indexes and vae_seeds (made by Packer)")
+        raise ValueError(
+            "a batch with latent tokens needs vae_images, vae_image_indexes and vae_seeds (made by Packer)"
+        )
     moments = vae.encode_grouped(batch.vae_images)
     latents, noises = [], []
     for place, seed, (h, w) in zip(

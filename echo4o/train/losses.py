@@ -1,7 +1,7 @@
 """Losses as sums divided by the token counts of the whole optimiser step.
 
 The gradient of a step therefore does not depend on how its tokens are spread over micro-batches and ranks. Formulas as
-upstream (train/pretrain_unified_navit.py): cross-entropy per token, squared error averaged over the channels of a token.
+upstream's train/pretrain_unified_navit.py: cross-entropy per token, squared error averaged over a token's channels.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def micro_loss(
     result = MicroLoss(None, None, None, None, None)
     if ce is not None and ce.numel():
         ce = ce.float()
-        weighted = ce * batch.ce_loss_weights.to(ce) if ce_loss_reweighting and batch.ce_loss_weights is not None else ce
+        weighted = (
+            ce * batch.ce_loss_weights.to(ce) if ce_loss_reweighting and batch.ce_loss_weights is not None else ce
+        )
         share = weighted.sum() / totals.ce
         parts.append(ce_weight * share)
         result.ce, result.ce_tokens = share.detach(), ce.detach()

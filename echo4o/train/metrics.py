@@ -79,7 +79,9 @@ class TensorBoardSink:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError("tensorboard is not installed: pip install tensorboard, or pass --tensorboard False") from error
+            raise ImportError(
+                "tensorboard is not installed: pip install tensorboard, or pass --tensorboard False"
+            ) from error
         self._writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -134,7 +136,9 @@ def plot_losses(metrics: str | Path, target: str | Path) -> Path | None:
     drawn = 0
     for name, colour in (("loss", "#1f3b73"), ("mse", "#c2571a"), ("ce", "#2f7d4f")):
         points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), int | float)]
-        if not points or (name == "loss" and len({k for r in records for k in ("mse", "ce") if r.get(k) is not None}) < 2):
+        if not points or (
+            name == "loss" and len({k for r in records for k in ("mse", "ce") if r.get(k) is not None}) < 2
+        ):
             continue
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)

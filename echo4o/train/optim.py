@@ -50,9 +50,7 @@ def build_adamw(
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=fused)
 
 
-def lr_schedule(
-    kind: str, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int
-) -> Callable[[int], float]:
+def lr_schedule(kind: str, *, lr: float, min_lr: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
     """Learning rate of the update after `num_done` updates: linear warm-up, then constant or cosine down to `min_lr`.
 
     As transformers' schedules, which upstream uses: the very first update of a warm-up has learning rate 0.

@@ -137,6 +137,7 @@ def set_up(config: RunConfig) -> Run:
     )
     if plan.resume_from:
         _resume(run, plan.resume_from)
+    _set_aside_later_checkpoints(run, plan)
     run.sinks = _build_sinks(run)
     if engine.rank == 0:
         save_resolved(config, Path(training.results_dir) / CONFIG_FILE)
@@ -326,6 +327,25 @@ def _resume(run: Run, folder: str) -> None:
     run.loader.load_state_dict(progress.rank["data"])
     run.step = progress.step
     run.trainer_state = progress.trainer
+
+
+def _set_aside_later_checkpoints(run: Run, plan: LoadPlan) -> None:
+    folder = Path(run.config.training.checkpoint_dir)
+    later = {train_state.step_folder(folder, step).resolve() for step in train_state.steps(folder) if step > run.step}
+    for used in (plan.init_from, plan.configs_from):
+        if used and Path(used).resolve() in later:
+            raise ConfigError(
+                f"a new run starts from {used}, which lies in its own checkpoint_dir {folder}. Choose another "
+                "--checkpoint_dir, or continue that run with --auto_resume True."
+            )
+    if run.engine.rank == 0 and (moved := train_state.set_aside_later(folder, run.step)):
+        logger.warning(
+            "%s held checkpoints beyond step %d, where this run starts: they are now in %s "
+            "(--auto_resume True would continue that run)",
+            folder,
+            run.step,
+            moved,
+        )
 
 
 # ---------------------------------------------------------------- output

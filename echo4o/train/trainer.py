@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,9 @@ class Trainer:
 
     def fit(self) -> None:
         run = self.run
+        if run.step >= run.total_steps:
+            self.console.say(f"step {run.step} of {run.total_steps} is done: nothing to train (raise --total_steps)")
+            return
         batches = iter(run.loader)
         for step in range(run.step + 1, run.total_steps + 1):
             with run.throughput.waiting():
@@ -170,8 +174,8 @@ class Trainer:
         )
         if self.skipped_in_a_row >= self.config.max_nonfinite_steps:
             raise NonFiniteError(
-                f"{self.skipped_in_a_row} steps in a row had a {what} that is not finite (the last: step {self.run.step}). "
-                f"Resume from an earlier checkpoint in {self.config.checkpoint_dir} with a lower --lr or "
+                f"{self.skipped_in_a_row} steps in a row had a {what} that is not finite (the last: step {self.run.step})."
+                f" Resume from an earlier checkpoint in {self.config.checkpoint_dir} with a lower --lr or "
                 "--max_grad_norm, or check the rows named above."
             )
 
@@ -210,12 +214,13 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
         }
         progress = Progress(run.step, trainer, {"data": run.loader.state_dict()})
+        started = time.perf_counter()
         with run.throughput.paused():
             try:
                 folder = train_state.save(
                     self.config.checkpoint_dir, progress, run.engine, run.ema, run.write_assets, self.config.keep_last_n
                 )
-                self.console.say(f"saved {folder}")
+                self.console.say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
             except CheckpointError as error:
                 if not may_fail:
                     raise

@@ -180,7 +180,9 @@ def test_a_failing_asset_is_a_checkpoint_error(parity: Path, tmp_path: Path) -> 
 
 
 def test_marker_lists_every_file(parity: Path, tmp_path: Path) -> None:
-    folder = Training(parity / "multiref").steps(1).save(tmp_path, assets=lambda f: (f / "a.txt").write_text("x") and None)
+    folder = (
+        Training(parity / "multiref").steps(1).save(tmp_path, assets=lambda f: (f / "a.txt").write_text("x") and None)
+    )
     listed = json.loads((folder / "complete").read_text())["files"]
     found = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     found.pop("complete")
@@ -195,3 +197,25 @@ def test_link_or_copy(tmp_path: Path) -> None:
     assert target.stat().st_ino == source.stat().st_ino
     train_state.link_or_copy(source, target)
     assert target.read_bytes() == b"weights"
+
+
+def test_a_step_saved_twice_is_replaced(parity: Path, tmp_path: Path) -> None:
+    training = Training(parity / "multiref").steps(1)
+    training.save(tmp_path)
+    training.steps(1)
+    folder = training.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000002"]
+    again = Bagel.from_pretrained(folder, weights="model", config=training.model.config)
+    assert torch.equal(again.llm2vae.weight, training.model.llm2vae.weight)
+
+
+def test_later_checkpoints_are_set_aside_for_a_run_that_starts_before_them(parity: Path, tmp_path: Path) -> None:
+    training = Training(parity / "multiref").steps(1)
+    for step in (2, 4, 6):
+        training.save(tmp_path, step=step)
+    assert train_state.set_aside_later(tmp_path, 6) is None
+    moved = train_state.set_aside_later(tmp_path, 2)
+    assert moved is not None and sorted(path.name for path in moved.iterdir()) == ["0000004", "0000006"]
+    assert train_state.steps(tmp_path) == [2] and train_state.steps(moved) == [4, 6]
+    training.save(tmp_path, step=3)
+    assert train_state.set_aside_later(tmp_path, 0) == tmp_path / "earlier_run_2"

@@ -23,7 +23,9 @@ def test_single_file_round_trip_with_tied_and_sliced_tensors(tmp_path: Path) -> 
     assert [file.name for file in files] == ["ema.safetensors"]
     found = load_file(files[0])
     assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items())
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ema.safetensors"]
 
 
@@ -57,7 +59,9 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 def qwen2_tensors(config: BagelConfig) -> dict[str, torch.Tensor]:
     """What a plain Qwen2 file holds: no experts, no norms of queries and keys."""
     state = Bagel(config).language_model.state_dict()
-    return {k: torch.randn_like(v) for k, v in state.items() if not any(x in k for x in ("moe_gen", "q_norm", "k_norm"))}
+    return {
+        k: torch.randn_like(v) for k, v in state.items() if not any(x in k for x in ("moe_gen", "q_norm", "k_norm"))
+    }
 
 
 def test_language_model_part_then_copied_experts(tmp_path: Path) -> None:

@@ -45,7 +45,10 @@ def test_losses_equal_the_reference(case: str, parity: Path) -> None:
         totals = StepTotals(*StepTotals.local([batch], reweighting).tolist())
         mse = outputs.get("mse")
         loss = micro_loss(mse, outputs.get("ce"), batch, totals, ce_loss_reweighting=reweighting)
-        for found, expected in ((loss.ce, reference.expected.get(name)), (loss.mse, reference.expected.get("loss_mse"))):
+        for found, expected in (
+            (loss.ce, reference.expected.get(name)),
+            (loss.mse, reference.expected.get("loss_mse")),
+        ):
             assert (found is None) == (expected is None)
             if found is not None:
                 assert float(found) == pytest.approx(expected, rel=1e-6)

@@ -102,7 +102,15 @@ def test_plot(tmp_path: Path) -> None:
 
 def test_console_writes_plain_lines_without_a_terminal() -> None:
     stream = io.StringIO()
-    values = {"loss": 1.25, "mse": 1.25, "ce": None, "lr": 1e-4, "grad_norm": 0.5, "tokens_per_sec": 1234.5, "skipped_steps": 2}
+    values = {
+        "loss": 1.25,
+        "mse": 1.25,
+        "ce": None,
+        "lr": 1e-4,
+        "grad_norm": 0.5,
+        "tokens_per_sec": 1234.5,
+        "skipped_steps": 2,
+    }
     with ConsoleProgress(10, 0, Console(file=stream, width=200)) as console:
         console.advance(1)
         console.log(2, values)

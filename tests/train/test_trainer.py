@@ -29,13 +29,29 @@ def test_run_leaves_everything(bagel: Path, tmp_path: Path, capsys: pytest.Captu
     train(run_config(bagel, out, tensorboard=True, keep_last_n=1, total_steps=4))
     records = read_metrics(out / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    for name in ("loss", "mse", "lr", "grad_norm", "tokens_per_sec", "mfu", "data_wait_share", "fill_ratio", "peak_memory_gb"):
+    for name in (
+        "loss",
+        "mse",
+        "lr",
+        "grad_norm",
+        "tokens_per_sec",
+        "mfu",
+        "data_wait_share",
+        "fill_ratio",
+        "peak_memory_gb",
+    ):
         assert records[-1][name] is not None
     assert any(name.startswith("mse/t_") for name in records[-1])
     assert any(name.startswith("mse/example") for name in records[-1])
     assert (out / "loss.png").exists() and (out / "config.yaml").exists() and list((out / "tensorboard").iterdir())
     text = capsys.readouterr().out
-    for words in (str(bagel / "model.safetensors"), "generation experts", "tokens per step", "memory, estimated", "rows"):
+    for words in (
+        str(bagel / "model.safetensors"),
+        "generation experts",
+        "tokens per step",
+        "memory, estimated",
+        "rows",
+    ):
         assert words in text
 
     checkpoint = train_state.latest(out / "checkpoints")
@@ -84,7 +100,9 @@ def test_one_branch_alone(bagel: Path, tmp_path: Path, branch: str) -> None:
     text = text.replace("jsonl_path: ", f"jsonl_path: {DATA}/").replace("_path: edit", f"_path: {DATA}/edit")
     head, multi_ref, t2i, edit, vlm = text.split("\n\n")
     vlm = vlm.replace("*vit_images", "{image_stride: 14, max_image_size: 56, min_image_size: 28}")
-    data.write_text("\n\n".join([head, vlm] if branch == "visual_gen" else [head, multi_ref, t2i.replace("weight: 1", "weight: 9")]))
+    data.write_text(
+        "\n\n".join([head, vlm] if branch == "visual_gen" else [head, multi_ref, t2i.replace("weight: 1", "weight: 9")])
+    )
     train(run_config(bagel, tmp_path / "out", dataset_config_file=str(data), total_steps=2, **{branch: False}))
     last = read_metrics(tmp_path / "out" / "metrics.jsonl")[-1]
     assert (last["mse"] is None) == (branch == "visual_gen")
@@ -98,7 +116,16 @@ def test_one_branch_alone(bagel: Path, tmp_path: Path, branch: str) -> None:
         ({"vit_max_num_patch_per_side": 70}, "holds 4 × 4 entries"),
         ({"init_weights": "ema"}, r"has no ema.safetensors"),
         ({"attention_kernel": "flash"}, "flash"),
-        ({"freeze_llm": True, "freeze_vit": True, "init_from": None, "finetune_from_hf": True, "model_path": "nowhere"}, "nowhere"),
+        (
+            {
+                "freeze_llm": True,
+                "freeze_vit": True,
+                "init_from": None,
+                "finetune_from_hf": True,
+                "model_path": "nowhere",
+            },
+            "nowhere",
+        ),
         ({"device": "cuda"}, "no GPU"),
     ],
 )
@@ -232,14 +259,16 @@ def test_resume_from_a_damaged_checkpoint_names_the_remedy(bagel: Path, tmp_path
 
 
 def test_upstream_style_start_reads_model_and_ema_files(bagel: Path, tmp_path: Path) -> None:
-    """resume_from + resume_model_only without finetune_from_ema: model.safetensors trains, ema.safetensors is its EMA."""
+    """resume_from + resume_model_only: model.safetensors trains, the ema.safetensors beside it is its average."""
     train(run_config(bagel, tmp_path / "first", total_steps=3, lr=1e-2))
     checkpoint = train_state.latest(tmp_path / "first" / "checkpoints")
     options = {"init_from": None, "resume_from": str(checkpoint), "resume_model_only": True, "lr": 1e-9}
     train(run_config(bagel, tmp_path / "second", total_steps=1, warmup_steps=0, ema=0.999, **options))
     after = train_state.latest(tmp_path / "second" / "checkpoints")
     for weights in ("model", "ema"):
-        old, new = (Bagel.from_pretrained(f, weights=weights).state_dict()["llm2vae.weight"] for f in (checkpoint, after))
+        old, new = (
+            Bagel.from_pretrained(f, weights=weights).state_dict()["llm2vae.weight"] for f in (checkpoint, after)
+        )
         torch.testing.assert_close(old, new, rtol=0, atol=1e-5)
 
 
@@ -250,3 +279,22 @@ def test_bfloat16_products_keep_float32_weights(bagel: Path, tmp_path: Path) -> 
 
     assert {tensor.dtype for tensor in load_file(checkpoint / "model.safetensors").values()} == {torch.float32}
     assert all(record["loss"] > 0 for record in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_a_new_run_in_the_same_folder_overwrites_nothing(bagel: Path, tmp_path: Path) -> None:
+    train(run_config(bagel, tmp_path, total_steps=4))
+    train(run_config(bagel, tmp_path, total_steps=2))
+    assert train_state.steps(tmp_path / "checkpoints") == [2]
+    assert train_state.steps(tmp_path / "checkpoints" / "earlier_run_1") == [2, 4]
+    own = str(tmp_path / "checkpoints" / "0000002")
+    with pytest.raises(ConfigError, match="lies in its own checkpoint_dir"):
+        train(run_config(Path(own), tmp_path))
+
+
+def test_going_back_to_an_earlier_checkpoint(bagel: Path, tmp_path: Path) -> None:
+    train(run_config(bagel, tmp_path, total_steps=6))
+    whole = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    resume = {"init_from": None, "resume_from": str(tmp_path / "checkpoints" / "0000002")}
+    train(run_config(bagel, tmp_path, total_steps=6, **resume))
+    assert [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == whole
+    assert train_state.steps(tmp_path / "checkpoints") == [2, 4, 6]

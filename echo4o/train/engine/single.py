@@ -86,7 +86,9 @@ class SingleProcessEngine:
         slots = self.optimizer.state
         return {
             "model": {name: parameter.detach() for name, parameter in self._names.items()},
-            "optimizer": {name: dict(slots[parameter]) for name, parameter in self._names.items() if slots.get(parameter)},
+            "optimizer": {
+                name: dict(slots[parameter]) for name, parameter in self._names.items() if slots.get(parameter)
+            },
         }
 
     def empty_state(self, keys: set[str]) -> dict[str, Any]:
@@ -117,7 +119,9 @@ def _resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     resolved = torch.device(device)
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, but torch {torch.__version__} sees no GPU; use --device cpu or install a CUDA build")
+        raise ValueError(
+            f"device is {device!r}, but torch {torch.__version__} sees no GPU; use --device cpu or install a CUDA build"
+        )
     return resolved
 
 
