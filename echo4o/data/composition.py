@@ -176,8 +176,7 @@ class BatchComposer:
         return [0, *(index + 1 for index in rest)]
 
     def _waiting(self, row: GroupedRow, since: int | None = None) -> _Waiting:
-        segments = getattr(row.plan, "segments", ())
-        num_tokens = row.plan.num_tokens
+        segments, num_tokens = row.plan.segments, row.plan.num_tokens
         if segments:
             dropped = self.packer.decide(segments, row.plan.seed).dropped
             num_tokens = sum(s.num_tokens for s, drop in zip(segments, dropped, strict=True) if not drop)

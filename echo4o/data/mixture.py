@@ -203,7 +203,10 @@ class Mixture:
 
     def locate(self, group: str, address: Sequence) -> GroupedRow:
         """A row that was drawn earlier, by its address."""
-        return GroupedRow(group, self.groups[group].source.locate(Address(*address)))
+        started = time.perf_counter()
+        plan = self.groups[group].source.locate(Address(*address))
+        self.plan_seconds += time.perf_counter() - started
+        return GroupedRow(group, plan)
 
     def _draw_group(self) -> str:
         identity = f"{self.data_seed}\0{self.consumer}\0{self.num_draws}".encode()

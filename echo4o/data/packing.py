@@ -162,6 +162,8 @@ class Packer:
             segment.droppable and bool((all_refs and segment.kind != "text") or draw < probability[segment.kind])
             for segment, draw in zip(segments, uniform, strict=True)
         ]
+        if all(dropped):
+            dropped = [False] * count  # a sample without tokens would teach nothing
         return Decisions(tuple(dropped), tuple(timesteps.tolist()), tuple(noise_seeds.tolist()))
 
     def num_tokens(self, segment: Segment) -> int:

@@ -56,7 +56,7 @@ def same(one, other):
             assert value == others, name
 
 
-def test_packs_are_valid_full_and_mixed():
+def test_packs_are_valid_and_mixed():
     with build_loader() as loader:
         batches = [next(loader) for _ in range(12)]
     for batch in batches:
@@ -68,8 +68,14 @@ def test_packs_are_valid_full_and_mixed():
         "example_edit",
         "example_vlm",
     }
-    assert sum(batch.sequence_length for batch in batches) / 12 / 2000 > 0.95
     assert loader.counters()["bad_rows"] == 0
+    assert all(seconds > 0 for seconds in loader.timings().values())
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+def test_packs_are_full_with_and_without_dropout(probability):
+    with build_loader(vae_cond_dropout_prob=probability, vit_cond_dropout_prob=probability) as loader:
+        assert sum(next(loader).sequence_length for _ in range(12)) / 12 / 2000 > 0.95
 
 
 def test_plans_announce_the_exact_length_of_their_samples():

@@ -275,6 +275,11 @@ def test_joint_dropout_takes_all_references_and_nothing_else():
     assert flags[:, 0].mean() == pytest.approx(0.25, abs=0.04)
 
 
+def test_a_sample_is_never_dropped_whole():
+    packer = Packer(PackingConfig(**{**vars(CONFIG), "text_cond_dropout_prob": 1.0}))
+    assert packer.pack([Sample((Segment("text", text_ids=(1,), droppable=True),), seed=1)]).sequence_length == 3
+
+
 def test_decisions_belong_to_the_sample():
     """Neighbours, order and the generator change nothing; the seed changes everything."""
     packer = Packer(PackingConfig(**{**vars(CONFIG), "vae_cond_dropout_prob": 0.5}))
