@@ -2,7 +2,7 @@
 
 Builds a tiny BAGEL in upstream's folder layout, in seconds: a tokenizer trained on the example texts, a language model
 and a vision tower with random weights, and the tiny autoencoder that was trained on the example pictures
-(``data_examples/tiny_vae``; ``--train-vae`` trains another in ten minutes or so). The folder goes wherever a BAGEL-7B-MoT
+(``data_examples/tiny_vae``; ``--train-vae`` trains another in ten minutes). The folder goes wherever a BAGEL-7B-MoT
 folder goes: ``echo4o train configs/tiny_cpu.yaml --init_from runs/tiny_bagel``.
 """
 

@@ -1,6 +1,6 @@
 """python scripts/train_tiny_vae.py --out data_examples/tiny_vae
 
-Trains a tiny FLUX-style autoencoder (1 M parameters) to reconstruct the example pictures: ten minutes or so on two cores.
+Trains a tiny FLUX-style autoencoder (1 M parameters) to reconstruct the example pictures: ten minutes on two cores.
 The result lies in ``data_examples/tiny_vae`` already; run this only to change it. Writes ``ae.safetensors`` (stored in
 float16) and ``config.json`` with the architecture and the measured scale and shift of the latents, and prints the peak
 signal-to-noise ratio on held-out pictures. ``--steps 0`` only measures what lies in ``--out``; ``--start FOLDER``
