@@ -17,12 +17,10 @@ A checkpoint is written under a temporary name, synced and renamed; a killed sav
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 import warnings
@@ -31,12 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from echo4o.checkpoint.rng import rng_state, set_rng_state
 from echo4o.checkpoint.weights import write_text, write_weights
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def save(
 def _write(partial: Path, progress: Progress, engine: Engine, ema: EMA, write_assets: Callable[[Path], None]) -> None:
     state = engine.state() | {"ema": ema.shadow}
     with _without_process_group_warning():
-        dcp.save(state, checkpoint_id=partial / "training", no_dist=engine.world_size == 1)
+        dcp_save(state, checkpoint_id=partial / "training", no_dist=engine.world_size == 1)
     rank_state = progress.rank | {"rng": rng_state()}
     write_text(partial / "ranks" / f"{engine.rank:05d}.json", json.dumps(rank_state))
     whole = engine.full_state_dict()
@@ -285,12 +284,12 @@ def load(folder: str | Path, engine: Engine, ema: EMA) -> Progress:
     trainer = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     if trainer["format"] != FORMAT:
         raise CheckpointError(f"{folder} has format {trainer['format']}, this version reads {FORMAT}")
-    reader = dcp.FileSystemReader(folder / "training")
+    reader = FileSystemReader(folder / "training")
     keys = set(reader.read_metadata().state_dict_metadata)
     state = engine.empty_state(keys) | {"ema": ema.shadow}
     _check_same_parameters(keys, state["model"], folder)
     with _without_process_group_warning():
-        dcp.load(state, storage_reader=reader, no_dist=engine.world_size == 1)
+        dcp_load(state, storage_reader=reader, no_dist=engine.world_size == 1)
     engine.load_state(state)
     ema.num_updates = int(trainer["ema_num_updates"])
     rank = json.loads(rank_file(folder, engine.rank).read_text(encoding="utf-8"))
@@ -319,41 +318,6 @@ def _check_same_parameters(keys: set[str], model: Mapping[str, Any], folder: Pat
             f"{folder} trained {len(extra)} parameters that are now frozen, e.g. {extra[0]}: resume with the freeze "
             "flags of its config.yaml, or start a new optimiser with --resume_model_only True"
         )
-
-
-# ---------------------------------------------------------------- random generators
-
-
-def rng_state() -> dict[str, Any]:
-    """JSON-able state of the global generators (our own decisions use none, but kernels and libraries may)."""
-    version, words, gauss = random.getstate()
-    name, numpy_words, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state = {
-        "python": [version, list(words), gauss],
-        "numpy": [name, numpy_words.tolist(), position, has_gauss, cached],
-        "torch": _encode(torch.get_rng_state()),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = _encode(torch.cuda.get_rng_state())
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, numpy_words, *rest = state["numpy"]
-    np.random.set_state((name, np.array(numpy_words, dtype=np.uint32), *rest))
-    torch.set_rng_state(_decode(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_decode(state["cuda"]))
-
-
-def _encode(state: torch.Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
-
-
-def _decode(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 # ---------------------------------------------------------------- files

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from echo4o.model import Bagel
 from echo4o.model.pretrained import find_weights, iter_tensors, read_shapes
 
 
@@ -56,7 +57,7 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def load_llm_part(model: nn.Module, folder: str | Path) -> list[str]:
+def load_llm_part(model: Bagel, folder: str | Path) -> list[str]:
     """Read a Hugging Face Qwen2 folder into ``language_model``; returns the model's tensors that it lacks.
 
     The generation experts (``*_moe_gen``) and the query/key norms that plain Qwen2 does not have stay as they are; copy
@@ -78,7 +79,7 @@ def load_llm_part(model: nn.Module, folder: str | Path) -> list[str]:
     return _refuse_missing(missing, folder, "Qwen2", allowed=("moe_gen", "q_norm", "k_norm"))
 
 
-def load_vit_part(model: nn.Module, folder: str | Path) -> list[str]:
+def load_vit_part(model: Bagel, folder: str | Path) -> list[str]:
     """Read a Hugging Face SigLIP folder into ``vit_model``; its convolution becomes the linear patch embedding.
 
     Layers beyond those the model builds (``vit_select_layer``), the pooling head and a text tower are left out.
@@ -110,7 +111,7 @@ def _part_weights(folder: str | Path, flag: str) -> Path:
 
 
 @torch.no_grad()
-def _copy_part(model: nn.Module, path: Path, names: Mapping[str, str]) -> list[str]:
+def _copy_part(model: Bagel, path: Path, names: Mapping[str, str]) -> list[str]:
     targets = dict(model.state_dict(keep_vars=True))
     left = dict(names)
     for name, tensor in iter_tensors(path, list(names)):

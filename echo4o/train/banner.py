@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from echo4o.model.config import BagelConfig
+from echo4o.model import Bagel, BagelConfig
 
 
 def size_text(num_bytes: float) -> str:
@@ -38,7 +37,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: nn.Module, config: BagelConfig, num_tokens: int, activation_checkpointing: str, compute_bytes: int
+    model: Bagel, config: BagelConfig, num_tokens: int, activation_checkpointing: str, compute_bytes: int
 ) -> MemoryEstimate:
     """Memory of one training step with AdamW on one process (VAE and data loader come on top).
 
@@ -75,7 +74,7 @@ def available_memory(device: torch.device) -> int | None:
         return None
 
 
-def parameter_lines(model: nn.Module) -> list[str]:
+def parameter_lines(model: Bagel) -> list[str]:
     """Parameters by part: how many there are and how many of them train."""
     lines = []
     total = trained = 0
@@ -98,7 +97,7 @@ def banner(
     *,
     source: str,
     unexpected: Iterable[str],
-    model: nn.Module,
+    model: Bagel,
     memory: MemoryEstimate,
     available: int | None,
     facts: Mapping[str, str],

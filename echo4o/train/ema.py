@@ -48,8 +48,8 @@ class EMA:
         decay = self.current_decay()
         averages = list(self.shadow.values())
         values = [parameter.detach().float() for parameter in self._parameters.values()]
-        torch._foreach_mul_(averages, decay)
-        torch._foreach_add_(averages, values, alpha=1 - decay)
+        torch._foreach_mul_(averages, decay)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(averages, values, alpha=1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

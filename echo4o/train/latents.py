@@ -31,9 +31,8 @@ def encode_batch(vae: AutoEncoder, batch: PackedBatch, latent_patch_size: int) -
         )
     moments = vae.encode_grouped(batch.vae_images)
     latents, noises = [], []
-    for place, seed, (h, w) in zip(
-        batch.vae_image_indexes, batch.vae_seeds, batch.patchified_vae_latent_shapes, strict=True
-    ):
+    grids = batch.patchified_vae_latent_shapes or []
+    for place, seed, (h, w) in zip(batch.vae_image_indexes, batch.vae_seeds, grids, strict=True):
         generator = torch.Generator().manual_seed(seed)
         mean_and_log_variance = moments[place].float()
         channels = mean_and_log_variance.shape[0] // 2

@@ -110,6 +110,8 @@ class LossBreakdown:
     def add(self, batch: PackedBatch, loss: MicroLoss, timestep_shift: float) -> None:
         """Add the tokens of one micro-batch (`batch` on any device)."""
         if loss.mse_tokens is not None:
+            assert batch.mse_loss_indexes is not None and batch.packed_timesteps is not None
+            assert batch.packed_vae_token_indexes is not None
             indexes = batch.mse_loss_indexes.cpu()
             self._add_by_dataset("mse", batch, indexes, loss.mse_tokens)
             place = torch.searchsorted(batch.packed_vae_token_indexes.cpu().contiguous(), indexes)
@@ -118,6 +120,7 @@ class LossBreakdown:
             names = [f"mse/t_{i / NUM_TIME_BINS:.1f}" for i in range(NUM_TIME_BINS)]
             self._add(names, bins, loss.mse_tokens)
         if loss.ce_tokens is not None:
+            assert batch.ce_loss_indexes is not None
             self._add_by_dataset("ce", batch, batch.ce_loss_indexes.cpu(), loss.ce_tokens)
 
     def _add_by_dataset(self, kind: str, batch: PackedBatch, indexes: Tensor, values: Tensor) -> None:

@@ -105,7 +105,7 @@ class WandbSink:
         self, folder: str | Path, *, project: str, name: str, run_id: str, resume: str, offline: bool, config: Mapping
     ) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError("wandb is not installed: pip install wandb, or pass --wandb False") from error
         self._run = wandb.init(

@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from echo4o.model import Bagel
 
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 _ATTENTION = (
@@ -23,15 +26,14 @@ _ATTENTION = (
 )
 
 
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
+def blocks(model: Bagel) -> Iterator[nn.Module]:
     """The decoder layers and, where there is one, the ViT's layers: the units of recomputation and compilation."""
     yield from model.language_model.model.layers
-    vit = getattr(model, "vit_model", None)
-    if vit is not None:
-        yield from vit.vision_model.encoder.layers
+    if model.config.visual_und:
+        yield from model.vit_model.vision_model.encoder.layers
 
 
-def apply_activation_checkpointing(model: nn.Module, mode: str) -> None:
+def apply_activation_checkpointing(model: Bagel, mode: str) -> None:
     """Recompute blocks in the backward pass.
 
     Args:
@@ -50,7 +52,7 @@ def apply_activation_checkpointing(model: nn.Module, mode: str) -> None:
         block.forward = _recomputed(block.forward, selective=mode == "selective")
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: Bagel) -> None:
     """torch.compile each decoder and ViT layer on its own: one graph serves all layers."""
     for block in blocks(model):
         block.compile(dynamic=True)
@@ -58,7 +60,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 def _recomputed(forward, selective: bool):
     # The blocks draw no random numbers, so there is no generator state to restore.
-    options = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if selective:
         options["context_fn"] = _selective_contexts
 

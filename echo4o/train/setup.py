@@ -14,16 +14,15 @@ import torch
 
 from echo4o.checkpoint import train_state
 from echo4o.config import ConfigError, LoadPlan, RunConfig, plan_loading, save_resolved, validate
-from echo4o.data.loader import LoaderConfig, PackedLoader
-from echo4o.data.packing import Packer, PackingConfig
-from echo4o.data.sources import build_sources, read_dataset_config
-from echo4o.data.sources.base import Limits, SourceContext, SourceGroup
-from echo4o.data.tokenizer import SpecialTokens, Tokenizer, add_special_tokens, load_tokenizer
+from echo4o.data.loader import PackedLoader
+from echo4o.data.sources import SourceGroup
+from echo4o.data.tokenizer import SpecialTokens, Tokenizer
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.attention import KernelError, resolve_kernel
 from echo4o.model.pretrained import iter_tensors
 from echo4o.model.vae import WEIGHTS_FILE, AutoEncoder
 from echo4o.train.banner import available_memory, banner, estimate_memory
+from echo4o.train.data import build_groups, build_loader, build_tokenizer
 from echo4o.train.ema import EMA
 from echo4o.train.engine import Engine, SingleProcessEngine
 from echo4o.train.initialise import InitialModel, architecture_of, initial_model, vae_file
@@ -102,9 +101,9 @@ def set_up(config: RunConfig) -> Run:
     torch.manual_seed(training.global_seed * engine.world_size + engine.rank)
 
     architecture = architecture_of(plan, config)
-    tokenizer, special_tokens = _build_tokenizer(plan)
-    groups = _build_groups(config, architecture, tokenizer, special_tokens)
-    loader = _build_loader(config, architecture, special_tokens, groups, engine)
+    tokenizer, special_tokens = build_tokenizer(plan)
+    groups = build_groups(config, architecture, tokenizer, special_tokens)
+    loader = build_loader(config, architecture, special_tokens, groups, engine)
     vae, vae_path = _build_vae(plan, config, architecture, engine)
     initial = initial_model(plan, architecture, config)
     model, model_config = initial.model, initial.config
@@ -172,79 +171,6 @@ def _build_engine(config: RunConfig) -> Engine:
     except (KernelError, ValueError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
     return engine
-
-
-# ---------------------------------------------------------------- data
-
-
-def _build_tokenizer(plan: LoadPlan) -> tuple[Tokenizer, SpecialTokens]:
-    folder = plan.configs_from or plan.from_parts[0]  # type: ignore[index]
-    tokenizer = load_tokenizer(folder)
-    return tokenizer, add_special_tokens(tokenizer)
-
-
-def _build_groups(
-    config: RunConfig, architecture: BagelConfig, tokenizer: Tokenizer, special_tokens: SpecialTokens
-) -> list[SourceGroup]:
-    path = Path(config.data.dataset_config_file)
-    context = SourceContext(
-        tokenizer=tokenizer,
-        special_tokens=special_tokens,
-        data_seed=config.data.data_seed,
-        base_dir=path.resolve().parent,
-        limits=Limits(
-            max_latent_size=architecture.max_latent_size,
-            vit_max_num_patch_per_side=architecture.vit_max_num_patch_per_side,
-            latent_downsample=architecture.latent_downsample if architecture.vae else 16,
-            vit_patch_size=architecture.vit.patch_size if architecture.vit else config.model.vit_patch_size,
-            interpolate_pos=architecture.interpolate_pos,
-        ),
-        dataset_info=config.data.dataset_info,
-        visual_gen=architecture.visual_gen,
-        visual_und=architecture.visual_und,
-    )
-    return build_sources(read_dataset_config(path), context)
-
-
-def _build_loader(
-    config: RunConfig,
-    architecture: BagelConfig,
-    special_tokens: SpecialTokens,
-    groups: list[SourceGroup],
-    engine: Engine,
-) -> PackedLoader:
-    model, data = config.model, config.data
-    packer = Packer(
-        PackingConfig(
-            bos_token_id=special_tokens.bos_token_id,
-            eos_token_id=special_tokens.eos_token_id,
-            start_of_image=special_tokens.start_of_image,
-            end_of_image=special_tokens.end_of_image,
-            latent_downsample=architecture.latent_downsample if architecture.vae else 16,
-            latent_patch_size=architecture.latent_patch_size,
-            max_latent_size=architecture.max_latent_size,
-            vit_patch_size=architecture.vit.patch_size if architecture.vit else model.vit_patch_size,
-            vit_max_num_patch_per_side=architecture.vit_max_num_patch_per_side,
-            interpolate_pos=architecture.interpolate_pos,
-            text_cond_dropout_prob=model.text_cond_dropout_prob,
-            vae_cond_dropout_prob=model.vae_cond_dropout_prob,
-            vit_cond_dropout_prob=model.vit_cond_dropout_prob,
-            all_refs_dropout_prob=model.all_refs_dropout_prob,
-        )
-    )
-    loader_config = LoaderConfig(
-        expected_num_tokens=config.training.expected_num_tokens,
-        max_num_tokens=data.max_num_tokens,
-        max_num_tokens_per_sample=data.max_num_tokens_per_sample,
-        prefer_buffer_before=data.prefer_buffer_before,
-        max_buffer_size=data.max_buffer_size,
-        num_workers=data.num_workers,
-        prefetch_factor=data.prefetch_factor,
-        data_seed=data.data_seed,
-        max_bad_row_share=data.max_bad_row_share,
-        pin_memory=engine.device.type == "cuda",
-    )
-    return PackedLoader(groups, packer, loader_config, engine.rank, engine.world_size)
 
 
 # ---------------------------------------------------------------- model
@@ -382,7 +308,7 @@ def _banner(run: Run, plan: LoadPlan, initial: InitialModel, groups: list[Source
     tokens = training.expected_num_tokens * training.gradient_accumulation_steps * engine.world_size
     dtype = str(engine.compute_dtype).removeprefix("torch.")
     memory = estimate_memory(
-        engine.module,
+        initial.model,
         run.model_config,
         data.max_num_tokens,
         training.activation_checkpointing,
@@ -402,7 +328,7 @@ def _banner(run: Run, plan: LoadPlan, initial: InitialModel, groups: list[Source
     return banner(
         source=initial.source,
         unexpected=initial.unexpected,
-        model=engine.module,
+        model=initial.model,
         memory=memory,
         available=available_memory(engine.device),
         facts=facts,

@@ -174,8 +174,8 @@ class Trainer:
         )
         if self.skipped_in_a_row >= self.config.max_nonfinite_steps:
             raise NonFiniteError(
-                f"{self.skipped_in_a_row} steps in a row had a {what} that is not finite (the last: step {self.run.step})."
-                f" Resume from an earlier checkpoint in {self.config.checkpoint_dir} with a lower --lr or "
+                f"{self.skipped_in_a_row} steps in a row had a {what} that is not finite, up to step {self.run.step}. "
+                f"Resume from an earlier checkpoint in {self.config.checkpoint_dir} with a lower --lr or "
                 "--max_grad_norm, or check the rows named above."
             )
 

@@ -33,7 +33,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 num_key_value_heads=1,
-                vocab_size=260,
+                vocab_size=264,
                 rope_theta=5000.0,
                 tie_word_embeddings=False,
             )

@@ -36,21 +36,26 @@ class Engine(Protocol):
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], torch.optim.Optimizer]) -> nn.Module:
         """Place (shard) the model, then build the optimiser over what is then its parameters."""
+        ...
 
     def autocast(self) -> AbstractContextManager:
         """Context of every forward pass."""
+        ...
 
     def no_sync(self, enabled: bool) -> AbstractContextManager:
         """While enabled, `backward` accumulates without exchanging gradients (all but a step's last micro-batch)."""
+        ...
 
     def backward(self, loss: Tensor | None) -> None:
         """Add the gradient of `loss`, this rank's share of the global loss; gradients are *summed* over ranks.
 
         None means that nothing in this rank's micro-batch is learned; sharded engines still take part.
         """
+        ...
 
     def clip_grad_norm(self, max_norm: float) -> float:
         """Global norm before clipping to `max_norm` (0 or less: measure only). Non-finite gradients are left alone."""
+        ...
 
     def step(self) -> None: ...
 
@@ -58,23 +63,30 @@ class Engine(Protocol):
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, on every rank."""
+        ...
 
     def gather(self, value: T) -> list[T]:
         """`value` of every rank, on every rank (small picklable objects)."""
+        ...
 
     def barrier(self) -> None: ...
 
     def state(self) -> dict[str, Any]:
         """``{"model": {name: tensor}, "optimizer": {name: {slot: tensor}}}`` of what trains."""
+        ...
 
     def empty_state(self, keys: set[str]) -> dict[str, Any]:
         """As `state`, to be loaded into; optimiser slots only for ``optimizer.{name}.{slot}`` in `keys`."""
+        ...
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over a filled `empty_state`."""
+        ...
 
     def consolidate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole CPU tensors on rank 0, an empty dictionary elsewhere."""
+        ...
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """The model's complete state dict on rank 0 (frozen parts too), an empty dictionary elsewhere."""
+        ...
