@@ -131,7 +131,7 @@ class _Streams(IterableDataset):
         return composer
 
 
-def _identity(delivery: _Delivery) -> _Delivery:
+def _identity(delivery: Any) -> Any:
     """Collate function: with batch_size=None the DataLoader would otherwise convert what it does not know."""
     return delivery
 
