@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -28,6 +30,19 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Signals wait until the end; processes started inside never get them.
+
+        A scheduler signals the whole process group: loader workers that died of it would break the step that is to be
+        finished and saved. They end when the loader closes.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name

@@ -101,20 +101,25 @@ class Trainer:
 
     def fetch(self, batches: Iterator[PackedBatch]) -> list[PackedBatch]:
         """The micro-batches of one step: all of them first, because the losses are divided by their common totals."""
-        return [next(batches) for _ in range(self.config.gradient_accumulation_steps)]
+        with self.stop.held_back():
+            return [next(batches) for _ in range(self.config.gradient_accumulation_steps)]
 
     def train_step(self, micro_batches: Sequence[PackedBatch], lr: float) -> StepResult:
         run, engine, config = self.run, self.run.engine, self.config
         local = StepTotals.local(micro_batches, config.ce_loss_reweighting)
         totals = StepTotals(*engine.all_reduce_sum(local).tolist())
-        shares = torch.zeros(2, dtype=torch.float64)
+        losses = []
         for number, batch in enumerate(micro_batches, start=1):
             with engine.no_sync(enabled=number < len(micro_batches)):
                 loss = self.forward(batch, totals)
                 engine.backward(loss.total)
-            self.breakdown.add(batch, loss, run.model_config.timestep_shift)
-            shares += torch.tensor([float(loss.ce or 0.0), float(loss.mse or 0.0)], dtype=torch.float64)
+            loss.total = None
+            losses.append(loss)
         grad_norm = engine.clip_grad_norm(config.max_grad_norm)
+        # Read the losses only now: on a GPU each look at a number waits for all work before it.
+        shares = torch.zeros(2, dtype=torch.float64)
+        for loss in losses:
+            shares += torch.tensor([float(part or 0.0) for part in (loss.ce, loss.mse)], dtype=torch.float64)
         ce, mse = engine.all_reduce_sum(shares).tolist()
         result = StepResult(
             loss=config.ce_weight * ce + config.mse_weight * mse,
@@ -128,6 +133,8 @@ class Trainer:
                 group["lr"] = lr
             engine.step()
             run.ema.update()
+            for batch, loss in zip(micro_batches, losses, strict=True):
+                self.breakdown.add(batch, loss, run.model_config.timestep_shift)
         else:
             result.skipped = True
         engine.zero_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from echo4o.checkpoint import train_state
 from echo4o.config import load_config
 from echo4o.train import trainer as trainer_module
 
@@ -17,14 +18,25 @@ from echo4o.train import trainer as trainer_module
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     kill_at, kill_with = settings.pop("kill_at", None), settings.pop("kill_with", "SIGKILL")
+    send = os.killpg if settings.pop("kill_group", False) else os.kill
+    kill_in_save = settings.pop("kill_in_save", None)
     torch.set_num_threads(1)
+    if kill_in_save is not None:
+        publish = train_state._publish
+
+        def die_before_publishing(partial: Path, folder: Path, step: int) -> None:
+            if step == kill_in_save:
+                os.kill(os.getpid(), signal.SIGKILL)
+            publish(partial, folder, step)
+
+        train_state._publish = die_before_publishing
     if kill_at is not None:
         count = trainer_module.Trainer.count
 
         def count_then_die(self, result, micro_batches) -> None:
             count(self, result, micro_batches)
             if self.run.step == kill_at:
-                os.kill(os.getpid(), signal.Signals[kill_with])
+                send(os.getpid(), signal.Signals[kill_with])
 
         trainer_module.Trainer.count = count_then_die
     trainer_module.train(load_config((), settings))

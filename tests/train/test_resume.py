@@ -34,6 +34,7 @@ def start(settings: dict, folder: Path, name: str, timeout: float = 240) -> subp
         timeout=timeout,
         capture_output=True,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -100,16 +101,31 @@ def test_killed_run_resumes_to_the_bit(tmp_path: Path, num_workers: int, kill_at
     assert_same_run(tmp_path / "whole", tmp_path / "killed", steps=9)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_stop_signal_saves_and_exits_cleanly(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "num_workers"), [("SIGTERM", 2), ("SIGUSR1", 0)])
+def test_stop_signal_to_the_process_group_saves_and_exits_cleanly(tmp_path: Path, name: str, num_workers: int) -> None:
     bagel = write_bagel(tmp_path / "bagel")
-    settings = run_settings(bagel, tmp_path / "out", total_steps=6, save_every=100, auto_resume=True)
-    stopped = start(settings | {"kill_at": 3, "kill_with": name}, tmp_path, "stopped")
+    changes = {"total_steps": 6, "save_every": 100, "num_workers": num_workers}
+    settings = run_settings(bagel, tmp_path / "out", auto_resume=True, **changes)
+    stopped = start(settings | {"kill_at": 3, "kill_with": name, "kill_group": True}, tmp_path, "stopped")
     assert stopped.returncode == 0, stopped.stderr
     assert "saved step 3" in stopped.stderr + stopped.stdout
     assert train_state.steps(tmp_path / "out" / "checkpoints") == [3]
     if name == "SIGUSR1":
         return
     train(load_config((), settings))
-    train(load_config((), run_settings(bagel, tmp_path / "whole", total_steps=6, save_every=100)))
+    train(load_config((), run_settings(bagel, tmp_path / "whole", **changes)))
+    assert_same_run(tmp_path / "whole", tmp_path / "out", steps=6)
+
+
+def test_kill_in_a_save_leaves_the_previous_checkpoint_usable(tmp_path: Path) -> None:
+    bagel = write_bagel(tmp_path / "bagel")
+    settings = run_settings(bagel, tmp_path / "out", total_steps=6, save_every=2, auto_resume=True)
+    killed = start(settings | {"kill_in_save": 4}, tmp_path, "killed")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002", "0000004.partial"]
+    assert train_state.latest(checkpoints) == checkpoints / "0000002"
+    train(load_config((), settings))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002", "0000004", "0000006"]
+    train(load_config((), run_settings(bagel, tmp_path / "whole", total_steps=6)))
     assert_same_run(tmp_path / "whole", tmp_path / "out", steps=6)
