@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,10 +17,16 @@ from echo4o.config import load_config
 from echo4o.train import trainer as trainer_module
 
 
+def signal_group(pid: int, number: int) -> None:
+    """As a scheduler does it: from outside, to every process of the run, and then some time passes."""
+    subprocess.run(["kill", f"-{int(number)}", "--", f"-{os.getpgid(pid)}"], check=True, start_new_session=True)
+    time.sleep(0.5)
+
+
 def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     kill_at, kill_with = settings.pop("kill_at", None), settings.pop("kill_with", "SIGKILL")
-    send = os.killpg if settings.pop("kill_group", False) else os.kill
+    send = signal_group if settings.pop("kill_group", False) else os.kill
     kill_in_save = settings.pop("kill_in_save", None)
     torch.set_num_threads(1)
     if kill_in_save is not None:
