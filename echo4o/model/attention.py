@@ -1,4 +1,4 @@
-"""Packed attention behind one interface, three kernels: ``sdpa`` (CPU), ``flex`` and ``flash`` (GPU).
+"""Packed attention behind one interface, three kernels: ``sdpa`` (CPU, and anywhere), ``flex`` and ``flash`` (GPU).
 
 A kernel is planned once a step from an `AttentionLayout` and then called by every layer. No kernel ever builds a mask
 over the whole pack. All three give the same result; which one is fastest depends on the machine.
@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from echo4o.packed import AttentionLayout, Split
@@ -61,7 +62,8 @@ def plan_attention(
     """
     splits = layout.splits if selected is None else [layout.splits[i] for i in selected]
     if kernel == "sdpa":
-        return partial(_SplitAttention.apply, splits)
+        on_cpu = torch.device(device).type == "cpu"
+        return partial(_SplitAttention.apply, splits) if on_cpu else FlashPlan(splits, device, sdpa_varlen)
     if kernel == "flex":
         return partial(flex, block_mask=layout_block_mask(layout, splits, device))
     if kernel == "flash":
@@ -262,6 +264,20 @@ def find_varlen_attention() -> VarlenAttention | None:
 
         return call
     return None
+
+
+def sdpa_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool
+) -> Tensor:
+    """The same call through `scaled_dot_product_attention`, a segment at a time: for devices without such a kernel."""
+    parts = (x.split(cu.diff().tolist()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k)))
+    outs = []
+    for segment in zip(*parts, strict=True):
+        heads = (x.transpose(0, 1).unsqueeze(0) for x in segment)
+        bias = causal_lower_right(len(segment[0]), len(segment[1])) if causal else None
+        out = F.scaled_dot_product_attention(*heads, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
 
 
 class _VarlenCall:

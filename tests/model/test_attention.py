@@ -13,7 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from echo4o.model import Bagel, attention
-from echo4o.model.attention import FlashPlan, KernelError, count_block_pairs, layout_mask_mod, plan_attention
+from echo4o.model.attention import (
+    FlashPlan,
+    KernelError,
+    count_block_pairs,
+    layout_mask_mod,
+    plan_attention,
+    sdpa_varlen,
+)
 from echo4o.packed import AttentionLayout
 
 from .reference import ALL_CASES, Reference
@@ -97,7 +104,8 @@ def test_kernels_agree_with_the_dense_mask(layout: AttentionLayout, data) -> Non
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
     expected = dense_attention(q, k, v, mask)
     expected_grads = torch.autograd.grad(expected, (q, k, v), grad)
-    for plan in (plan_attention("sdpa", layout, "cpu", selected), FlashPlan(splits, "cpu", varlen_stand_in)):
+    varlen = [FlashPlan(splits, "cpu", call) for call in (varlen_stand_in, sdpa_varlen)]
+    for plan in (plan_attention("sdpa", layout, "cpu", selected), *varlen):
         out = plan(q, k, v)
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
         for actual, wanted in zip(torch.autograd.grad(out, (q, k, v), grad), expected_grads, strict=True):
