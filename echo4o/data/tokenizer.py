@@ -42,12 +42,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     # Imported here: transformers takes seconds to import, which tests and tools without a tokenizer need not pay.
     from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; a tokenizer needs tokenizer.json or vocab.json and merges.txt")
     # Rows are tokenised in worker processes; threads of the tokenizer's own would only warn about the fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it warns of config.json's model_type "bagel", which it does not need
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -56,6 +59,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"no usable tokenizer in {folder} (found {found}): {error}\n"
             "  Copy tokenizer.json and tokenizer_config.json (or vocab.json and merges.txt) of the model into it."
         ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def add_special_tokens(tokenizer: Tokenizer) -> SpecialTokens:

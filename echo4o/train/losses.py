@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from echo4o.model.embeddings import shift_time
 from echo4o.packed import PackedBatch
 
 NUM_TIME_BINS = 10
@@ -95,12 +96,6 @@ def micro_loss(
     return result
 
 
-def shifted_timesteps(logits: Tensor, timestep_shift: float) -> Tensor:
-    """Time in [0, 1] as the model uses it: sigmoid, then ``s·t / (1 + (s − 1)·t)``."""
-    t = torch.sigmoid(logits.float())
-    return timestep_shift * t / (1 + (timestep_shift - 1) * t)
-
-
 class LossBreakdown:
     """Running means of the per-token losses by data set and by bin of the (shifted) time step."""
 
@@ -115,7 +110,7 @@ class LossBreakdown:
             indexes = batch.mse_loss_indexes.cpu()
             self._add_by_dataset("mse", batch, indexes, loss.mse_tokens)
             place = torch.searchsorted(batch.packed_vae_token_indexes.cpu().contiguous(), indexes)
-            t = shifted_timesteps(batch.packed_timesteps.cpu()[place], timestep_shift)
+            t = shift_time(batch.packed_timesteps.cpu()[place], timestep_shift)
             bins = (t * NUM_TIME_BINS).long().clamp_(0, NUM_TIME_BINS - 1)
             names = [f"mse/t_{i / NUM_TIME_BINS:.1f}" for i in range(NUM_TIME_BINS)]
             self._add(names, bins, loss.mse_tokens)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from echo4o.model import Bagel
+from echo4o.model.embeddings import shift_time
 from echo4o.packed import PackedBatch
-from echo4o.train.losses import LossBreakdown, StepTotals, micro_loss, shifted_timesteps
+from echo4o.train.losses import LossBreakdown, StepTotals, micro_loss
 from tests.model.reference import Reference
 
 
@@ -135,7 +136,7 @@ def test_breakdown_by_data_set_and_shifted_time() -> None:
     assert means["ce/chat"] == 2.0
     assert means["mse/pictures"] == 2.5
     bins = {}
-    for value, t in zip([1.0, 2.0, 3.0, 4.0], shifted_timesteps(batch.packed_timesteps, 4.0).tolist(), strict=True):
+    for value, t in zip([1.0, 2.0, 3.0, 4.0], shift_time(batch.packed_timesteps, 4.0).tolist(), strict=True):
         bins.setdefault(f"mse/t_{min(int(t * 10), 9) / 10:.1f}", []).append(value)
     assert {name: value for name, value in means.items() if name.startswith("mse/t_")} == {
         name: sum(values) / len(values) for name, values in bins.items()
@@ -152,4 +153,4 @@ def test_breakdown_by_data_set_and_shifted_time() -> None:
 def test_shifted_time_is_the_models(parity: Path) -> None:
     logits = torch.tensor([-float("inf"), -2.0, 0.0, 3.0])
     expected = [0.0, *(4 * t / (1 + 3 * t) for t in torch.sigmoid(logits[1:]).tolist())]
-    assert shifted_timesteps(logits, 4.0).tolist() == pytest.approx(expected, rel=1e-6)
+    assert shift_time(logits, 4.0).tolist() == pytest.approx(expected, rel=1e-6)
