@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/install.sh dev
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # idle threads that spin slow down everything beside them
+export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} # idle threads that spin slow down everything beside them
 
 echo "== ruff"
 "$PYTHON" -m ruff check .
