@@ -15,7 +15,7 @@ Field names are upstream BAGEL's, so that its collated batches can be passed in 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -65,9 +65,9 @@ class AttentionLayout:
         ValueError: if the lengths do not add up or a mode is unknown.
     """
 
-    sample_lens: tuple[int, ...]
-    split_lens: tuple[int, ...]
-    attn_modes: tuple[str, ...]
+    sample_lens: Sequence[int]
+    split_lens: Sequence[int]
+    attn_modes: Sequence[str]
 
     def __post_init__(self) -> None:
         for name in ("sample_lens", "split_lens"):
@@ -176,7 +176,7 @@ class PackedBatch:
 
     @cached_property
     def layout(self) -> AttentionLayout:
-        return AttentionLayout(tuple(self.sample_lens), tuple(self.split_lens), tuple(self.attn_modes))
+        return AttentionLayout(self.sample_lens, self.split_lens, self.attn_modes)
 
     @property
     def num_ce_tokens(self) -> int:

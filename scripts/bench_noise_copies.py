@@ -2,8 +2,8 @@
 
     python scripts/bench_noise_copies.py --model runs/quickstart/tiny_bagel --steps 300 --copies 1 2 4
 
-Each run trains the tiny model on the example task with as many tokens a step and as many steps, so with (nearly) the same
-compute: k copies spend it on k targets a sample and fewer samples a step. The loss on the held-out rows is then measured
+Each run trains the tiny model on the example task with as many tokens a step and as many steps, so with (nearly) the
+same compute: k copies spend it on k targets a sample and fewer samples a step. The loss on held-out rows is then taken
 with the same noise and time steps for all. Prints a table; `--json` keeps it.
 """
 

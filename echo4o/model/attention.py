@@ -66,9 +66,9 @@ def plan_attention(
         return partial(_SplitAttention.apply, splits) if on_cpu else FlashPlan(splits, device, sdpa_varlen)
     if kernel == "flex":
         return partial(flex, block_mask=layout_block_mask(layout, splits, device))
-    if kernel == "flash":
-        return FlashPlan(splits, device, find_varlen_attention())
-    raise KernelError(f"unknown attention kernel {kernel!r}; choose one of {', '.join(KERNELS)}")
+    if kernel == "flash" and (varlen := find_varlen_attention()) is not None:
+        return FlashPlan(splits, device, varlen)
+    raise KernelError(f"attention kernel {kernel!r} is unknown or not installed; known: {', '.join(KERNELS)}")
 
 
 # ---------------------------------------------------------------- sdpa: one fused call a split, on views of the pack
@@ -231,7 +231,8 @@ def layout_block_mask(
 
     def as_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
         order = blocks.to(torch.int32).argsort(dim=1, descending=True, stable=True)
-        return tuple(x.to(torch.int32)[None, None].to(device) for x in (blocks.sum(dim=1), order))
+        counts, order = (x.to(torch.int32)[None, None].to(device) for x in (blocks.sum(dim=1), order))
+        return counts, order
 
     return BlockMask.from_kv_blocks(
         *as_lists(partial_blocks), *as_lists(full), BLOCK_SIZE=block_size,
@@ -248,22 +249,27 @@ VarlenAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, bo
 def find_varlen_attention() -> VarlenAttention | None:
     """flash-attn's variable-length kernel, else torch's own, else None."""
     if importlib.util.find_spec("flash_attn"):
-        from flash_attn import flash_attn_varlen_func
+        return _flash_attn_varlen
+    return _torch_varlen if importlib.util.find_spec("torch.nn.attention.varlen") else None
 
-        def call(q, k, v, cu_q, cu_k, max_q, max_k, causal):
-            return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=causal)
 
-        return call
-    if importlib.util.find_spec("torch.nn.attention.varlen"):
-        from torch.nn.attention.varlen import varlen_attn
+def _flash_attn_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
-        def call(q, k, v, cu_q, cu_k, max_q, max_k, causal):
-            window = (-1, 0) if causal else (-1, -1)
-            gqa = q.shape[1] != k.shape[1]
-            return varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=window, enable_gqa=gqa)
+    return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=causal)
 
-        return call
-    return None
+
+def _torch_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    window, gqa = (-1, 0 if causal else -1), q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, window_size=window, enable_gqa=gqa)
+    assert isinstance(out, Tensor)  # a pair only when the log-sum-exp is asked for
+    return out
 
 
 def sdpa_varlen(

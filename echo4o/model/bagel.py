@@ -54,7 +54,7 @@ class Bagel(nn.Module):
             self.vae2llm = nn.Linear(config.latent_dim, hidden)
             self.llm2vae = nn.Linear(hidden, config.latent_dim)
             self.latent_pos_embed = PositionTable(config.max_latent_size, hidden)
-        if config.visual_und:
+        if config.visual_und and config.vit:
             self.vit_model = SiglipVisionModel(config.vit, config.num_vit_layers, config.vit_rope)
             self.connector = Connector(config.vit.hidden_size, hidden, config.connector_act)
             self.vit_pos_embed = PositionTable(config.vit_max_num_patch_per_side, hidden)
@@ -68,8 +68,8 @@ class Bagel(nn.Module):
     def reset_parameters(self) -> None:
         """Upstream's initialisation; llm2vae starts at zero, so a new model predicts zero velocity."""
         for module in self.children():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
         if self.config.visual_gen:
             nn.init.zeros_(self.llm2vae.weight)
             nn.init.zeros_(self.llm2vae.bias)
@@ -220,6 +220,7 @@ class Bagel(nn.Module):
         if not batch.num_mse_tokens or not self.config.visual_gen:
             head = self.llm2vae if self.config.visual_gen else nn.Identity()
             return None, head(hidden[:0]).sum()
+        assert batch.mse_loss_indexes is not None
         rows = _rows_of(batch.mse_loss_indexes, at, batch.sequence_length)
         prediction = self.llm2vae(hidden[rows])
         rows = _rows_of(batch.mse_loss_indexes, order.gen_at, batch.sequence_length)
@@ -229,6 +230,8 @@ class Bagel(nn.Module):
         """Cross-entropy (n_ce,) of the labels; or None, and a zero that depends on the head."""
         if not batch.num_ce_tokens:
             return None, self.language_model.lm_head(hidden[:0]).sum()
+        if batch.ce_loss_indexes is None or batch.packed_label_ids is None:
+            raise ValueError("ce_loss_indexes and packed_label_ids come together")
         rows = _rows_of(batch.ce_loss_indexes, at, batch.sequence_length)
         return self._cross_entropy(hidden[rows], batch.packed_label_ids), None
 
@@ -237,8 +240,9 @@ class Bagel(nn.Module):
         num_tokens = 0 if batch.packed_vit_tokens is None else len(batch.packed_vit_tokens)
         if not self.config.visual_und:
             return like.new_zeros(num_tokens, like.shape[1])  # upstream: rows of absent towers stay zero
-        if num_tokens:
+        if batch.packed_vit_tokens is not None and batch.packed_vit_position_ids is not None and num_tokens:
             pixels, position_ids = batch.packed_vit_tokens.to(like.dtype), batch.packed_vit_position_ids
+            assert batch.vit_token_seqlens is not None
             lengths = torch.as_tensor(batch.vit_token_seqlens).tolist()
         else:
             pixels = like.new_zeros(0, self.vit_model.vision_model.embeddings.patch_embedding.in_features)
@@ -258,16 +262,18 @@ class Bagel(nn.Module):
         num_tokens = 0 if batch.packed_vae_token_indexes is None else len(batch.packed_vae_token_indexes)
         if not self.config.visual_gen:
             return like.new_zeros(num_tokens, like.shape[1]), like.new_zeros(num_tokens, 0)
-        if num_tokens and (latents is None or latents.shape != (num_tokens, self.config.latent_dim)):
+        latents = like.new_zeros(0, self.config.latent_dim) if not num_tokens else latents
+        if latents is None or latents.shape != (num_tokens, self.config.latent_dim):
             found = None if latents is None else tuple(latents.shape)
             raise ValueError(
                 f"packed_latents must be ({num_tokens}, {self.config.latent_dim}) for this batch, not {found}"
             )
         if not num_tokens:
-            latents = like.new_zeros(0, self.config.latent_dim)
             t_images, lengths = like.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=like.device)
             t, position_ids = t_images, lengths
         else:
+            assert batch.packed_timesteps is not None and batch.packed_latent_position_ids is not None
+            assert batch.patchified_vae_latent_shapes is not None
             t = shift_time(batch.packed_timesteps, self.config.timestep_shift)
             lengths = torch.tensor([h * w for h, w in batch.patchified_vae_latent_shapes])
             starts = (lengths.cumsum(0) - lengths).to(t.device)
@@ -287,14 +293,15 @@ class Bagel(nn.Module):
                 "every token must belong to exactly one modality"
             )
         empty = batch.packed_text_indexes[:0]
-        und_at = torch.cat([batch.packed_text_indexes, batch.packed_vit_token_indexes if num_vit else empty])
-        return Order(und_at, batch.packed_vae_token_indexes if num_gen else empty)
+        vit_at, gen_at = batch.packed_vit_token_indexes, batch.packed_vae_token_indexes
+        und_at = torch.cat([batch.packed_text_indexes, empty if vit_at is None else vit_at])
+        return Order(und_at, empty if gen_at is None else gen_at)
 
     def _step(self, batch: PackedBatch, order: Order, dtype: torch.dtype) -> Step:
         llm = self.config.llm
         tables = rope_tables(batch.packed_position_ids, llm.head_dim, llm.rope_theta, dtype)
-        rope = tuple(Blocks(table[order.und_at], table[order.gen_at]) for table in tables)
-        return Step(order, rope, plan_attention(self.attention_kernel, batch.layout, order.und_at.device))
+        cos, sin = (Blocks(table[order.und_at], table[order.gen_at]) for table in tables)
+        return Step(order, (cos, sin), plan_attention(self.attention_kernel, batch.layout, order.und_at.device))
 
     def _last_step(self, batch: PackedBatch, step: Step) -> Step | None:
         """The last layer's step: only the splits that feed a loss are computed, over everybody's keys."""
@@ -312,10 +319,10 @@ class Bagel(nn.Module):
         device = step.order.und_at.device
         compact = (keep.cumsum(0) - 1).to(device)
         keep = keep.to(device)
-        wanted = tuple(keep[at].nonzero().flatten() for at in (step.order.und_at, step.order.gen_at))
-        query_order = Order(compact[step.order.und_at[wanted[0]]], compact[step.order.gen_at[wanted[1]]])
+        und, gen = (keep[at].nonzero().flatten() for at in (step.order.und_at, step.order.gen_at))
+        query_order = Order(compact[step.order.und_at[und]], compact[step.order.gen_at[gen]])
         attend = plan_attention(self.attention_kernel, batch.layout, device, selected)
-        return Step(step.order, step.rope, attend, wanted, query_order)
+        return Step(step.order, step.rope, attend, (und, gen), query_order)
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """(n, hidden), (n,) → (n,) float32, at most `CE_CHUNK` rows of logits alive at once."""

@@ -125,7 +125,7 @@ class BagelConfig:
             raise ValueError("visual_und needs a vit config (vit_config.json); set visual_und to False to do without")
         if self.visual_gen and self.vae is None:
             self.vae = VAEConfig()
-        side = self.vit.num_patches_per_side if self.visual_und else None
+        side = self.vit.num_patches_per_side if self.visual_und and self.vit else None
         if self.vit_rope and side and self.vit_max_num_patch_per_side != side:
             raise ValueError(
                 f"vit_rope indexes its tables with row · {self.vit_max_num_patch_per_side} + column, but they have "
@@ -134,17 +134,17 @@ class BagelConfig:
 
     @property
     def num_vit_layers(self) -> int:
-        return self.vit.num_hidden_layers + 1 + self.vit_select_layer
+        return self.vit.num_hidden_layers + 1 + self.vit_select_layer if self.vit else 0
 
     @property
     def latent_downsample(self) -> int:
         """Image pixels a side of one latent token."""
-        return self.vae.downsample * self.latent_patch_size
+        return self.vae.downsample * self.latent_patch_size if self.vae else 0
 
     @property
     def latent_dim(self) -> int:
         """Numbers in one latent token."""
-        return self.vae.z_channels * self.latent_patch_size**2
+        return self.vae.z_channels * self.latent_patch_size**2 if self.vae else 0
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **overrides) -> BagelConfig:

@@ -70,7 +70,7 @@ class TimestepEmbedder(nn.Module):
         half = self.frequency_size // 2
         frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t[:, None].float() * frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class Connector(nn.Module):

@@ -186,7 +186,7 @@ class SelfAttention(nn.Module):
 
     def _rotated(self, name: str, blocks: Blocks, rope: tuple[Blocks, Blocks], freeze_und: bool) -> Blocks:
         out = []
-        for gen, (x, cos, sin) in enumerate(zip(blocks, *rope, strict=True)):
+        for gen, x, cos, sin in zip((False, True), blocks, *rope, strict=True):
             with torch.no_grad() if freeze_und and not gen else nullcontext():
                 out.append(apply_rope(self._expert(f"{name}_norm", gen)(self._project(name, x, gen)), cos, sin))
         return Blocks(*out)
@@ -195,7 +195,8 @@ class SelfAttention(nn.Module):
         """x → attention output of the wanted rows."""
         query_order = step.query_order or step.order
         rope = step.rope
-        q = self._rotated("q", step.choose(x), tuple(step.choose(table) for table in rope), freeze_und)
+        query_rope = (step.choose(rope[0]), step.choose(rope[1]))
+        q = self._rotated("q", step.choose(x), query_rope, freeze_und)
         k = self._rotated("k", x, rope, freeze_und)
         with torch.no_grad() if freeze_und else nullcontext():
             v_und = self._project("v", x.und, gen=False)
@@ -287,7 +288,7 @@ class Qwen2ForCausalLM(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.initializer_range)
-                if getattr(module, "bias", None) is not None:
+                if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)

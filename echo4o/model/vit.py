@@ -48,7 +48,8 @@ class VisionRope(nn.Module):
             getattr(self, name).copy_(table)
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, ...]:
-        return tuple(table[position_ids][:, None] for table in (self.cos_h, self.sin_h, self.cos_w, self.sin_w))
+        tables = (self.get_buffer(name) for name in ("cos_h", "sin_h", "cos_w", "sin_w"))
+        return tuple(table[position_ids][:, None] for table in tables)
 
 
 def _rotate_half(x: Tensor) -> Tensor:
