@@ -67,8 +67,8 @@ def run_training(argv: Sequence[str]) -> int:
         typer.echo(f"{TRAIN_USAGE}\n{flag_help()}")
         return 0
 
-    # Idle threads of torch's CPU kernels wait by spinning. On two cores that is 10 % faster than a short spin when nothing
-    # else runs, and several times slower when anything does. Read once, when torch is loaded.
+    # Idle threads of torch's CPU kernels wait by spinning. On two cores a long spin is 10 % faster than a short one if
+    # nothing else runs, and several times slower if anything does. Read once, when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
     def work() -> None:

@@ -55,12 +55,12 @@ def load_config(
     given: dict[str, str] = {}
     for path in files:
         values |= read_yaml(path)
-        given |= dict.fromkeys(values, path)
+        given.update((name, path) for name in values)
     flags = _parse_flags(argv)
     if isinstance(overrides, Mapping):
         flags |= {_known_name(name, "overrides"): value for name, value in overrides.items()}
     values |= flags
-    given |= dict.fromkeys(flags, COMMAND_LINE)
+    given.update((name, COMMAND_LINE) for name in flags)
     parts = {
         title: kind(
             **{

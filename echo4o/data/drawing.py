@@ -57,8 +57,8 @@ def draw_sample(sample: Sample, batch: PackedBatch, out: str | Path, *, texts: S
     legend = figure.add_axes((left + width + 0.022, 0.035, 0.235, 0.865))
 
     _draw_heading(figure, batch, parts, texts, left)
-    _draw_pictures(pictures, parts, batch.sequence_length)
-    _draw_strip(strip, parts, batch)
+    _draw_pictures(pictures, parts, batch.sequence_length, _inches(figure, pictures))
+    _draw_strip(strip, parts, batch, _inches(figure, strip)[0])
     draw_attention(attention, parts, batch)
     _label_attention(attention, parts, batch.sequence_length)
     _draw_legend(legend, parts, batch)
@@ -102,18 +102,17 @@ def _draw_heading(figure: Figure, batch: PackedBatch, parts: list[Part], texts: 
     figure.text(left, 0.925, f"“{text}”" if text else "", fontsize=12.5, color=INK, style="italic")
 
 
-def _draw_pictures(axes: Axes, parts: list[Part], num_tokens: int) -> None:
+def _draw_pictures(axes: Axes, parts: list[Part], num_tokens: int, inches: tuple[float, float]) -> None:
     """Thumbnails above their splits: one for the VAE and ViT tokens of the same reference, one a target."""
     _bare(axes, num_tokens)
-    figure = axes.get_figure()
-    box = axes.get_position()
-    inches_wide, inches_high = box.width * figure.get_figwidth(), box.height * figure.get_figheight()
+    inches_wide, inches_high = inches
     runs = [(f"reference {number}", run) for number, run in enumerate(_reference_runs(parts), start=1)]
     runs += [("target", [part]) for part in parts if part.kind == "noise"]
     widest = inches_wide / max(len(runs), 1) * 0.9
     for label, run in runs:
         image = run[0].segments[0].image
         start, end = run[0].split.start, run[-1].split.end
+        assert image is not None  # every kind but text has one
         pixels = ((image.permute(1, 2, 0).clamp(-1, 1) + 1) / 2).numpy()
         if label == "target":
             pixels = _noised(pixels)
@@ -142,7 +141,7 @@ def _bracket(axes: Axes, start: int, end: int) -> None:
     axes.plot([start, start, end, end], [-0.06, 0.0, 0.0, -0.06], color=INK, linewidth=0.9, clip_on=False)
 
 
-def _draw_strip(axes: Axes, parts: list[Part], batch: PackedBatch) -> None:
+def _draw_strip(axes: Axes, parts: list[Part], batch: PackedBatch, inches_wide: float) -> None:
     """Every token by kind; marker tokens darker; rope positions below."""
     _bare(axes, batch.sequence_length)
     markers = set(batch.packed_text_indexes.tolist())
@@ -155,7 +154,7 @@ def _draw_strip(axes: Axes, parts: list[Part], batch: PackedBatch) -> None:
         first, last = (int(batch.packed_position_ids[at]) for at in (split.start, split.end - 1))
         positions = f"{first}" if first == last else f"{first}–{last}"
         axes.text(part.centre, -0.22, positions, ha="center", va="top", fontsize=9.5, color=INK)
-    cell_inches = axes.get_position().width * axes.get_figure().get_figwidth() / batch.sequence_length
+    cell_inches = inches_wide / batch.sequence_length
     if cell_inches > 0.02:  # closer lines would hide the colours
         axes.vlines(range(1, batch.sequence_length), 0, 1, color="white", linewidth=0.35)
     axes.vlines([part.split.start for part in parts[1:]], 0, 1, color="white", linewidth=2)
@@ -268,6 +267,12 @@ def _noised(pixels: np.ndarray) -> np.ndarray:
     noise = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0)).numpy()
     share = np.clip(np.linspace(-0.35, 1.05, pixels.shape[1]), 0, 0.9)[None, :, None]
     return pixels * (1 - share) + noise * share
+
+
+def _inches(figure: Figure, axes: Axes) -> tuple[float, float]:
+    """Width and height of `axes` on paper."""
+    box = axes.get_position()
+    return box.width * figure.get_figwidth(), box.height * figure.get_figheight()
 
 
 def _bare(axes: Axes, num_tokens: int) -> None:
