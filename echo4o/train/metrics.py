@@ -156,12 +156,14 @@ def plot_losses(metrics: str | Path, target: str | Path) -> Path | None:
     return target
 
 
-def _smoothed(values: tuple[float, ...], memory: float = 0.9) -> list[float]:
-    """Bias-corrected exponential mean."""
-    smooth, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = memory * total + (1 - memory) * value, memory * weight + (1 - memory)
-        smooth.append(total / weight)
+def _smoothed(values: tuple[float, ...], share: float = 0.1) -> list[float]:
+    """Mean of a window around each point, of `share` of the curve: centred, so it does not lag behind."""
+    widest = max(1, round(share * len(values) / 2))
+    smooth = []
+    for i in range(len(values)):
+        reach = min(widest, i, len(values) - 1 - i)
+        window = values[i - reach : i + reach + 1]
+        smooth.append(sum(window) / len(window))
     return smooth
 
 
