@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from echo4o.model.attention import KernelError, find_varlen_attention, plan_attention, resolve_kernel
+from echo4o.model.attention import Attention, KernelError, find_varlen_attention, plan_attention, resolve_kernel
 from echo4o.model.config import BagelConfig
 from echo4o.model.embeddings import Connector, PositionTable, TimestepEmbedder, shift_time
 from echo4o.model.mot import Blocks, Order, Qwen2ForCausalLM, Step, rope_tables
@@ -92,7 +92,7 @@ class Bagel(nn.Module):
     def from_pretrained(
         cls,
         folder: str | Path,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
         weights: str | None = None,
         config: BagelConfig | None = None,
@@ -115,7 +115,7 @@ class Bagel(nn.Module):
             raise FileNotFoundError(f"{folder} has no {wanted} (nor a sharded index of it)")
         with torch.device("meta"):
             model = cls(config or BagelConfig.from_pretrained(folder))
-        model = model.to(dtype).to_empty(device=device)
+        model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).to_empty(device=device)
         model.language_model.tie_weights()  # to_empty gives every name a storage of its own
         model.reset_tables()
         unexpected = model.load_weights(path)
@@ -193,12 +193,15 @@ class Bagel(nn.Module):
         Raises:
             ValueError: if the batch has generation tokens but no latents, or tokens that belong to no modality.
         """
-        text = self.language_model.model.embed_tokens(batch.packed_text_ids)
-        und = torch.cat([text, self._vit_tokens(batch, text)])
-        gen, target = self._latent_tokens(batch, packed_latents, noise, text)
-        order = self._order(batch, num_vit=und.shape[0] - text.shape[0], num_gen=gen.shape[0])
+        packed_latents = self._checked_latents(batch, packed_latents)
+        noise = torch.randn_like(packed_latents) if noise is None else noise
+        times = self._times_of_images(batch)
+        t = self._per_token(times, batch)[:, None]
+        noised, target = (1 - t) * packed_latents + t * noise, noise - packed_latents
 
-        step = self._step(batch, order, dtype=text.dtype)
+        und, gen, order = self._embed(batch, noised, times)
+        attend = plan_attention(self.attention_kernel, batch.layout, order.und_at.device)
+        step = self._step(batch, order, attend, dtype=und.dtype)
         last_step = None if return_hidden else self._last_step(batch, step)
         hidden = self.language_model.model(und, gen, step, last_step)
         wanted = (last_step or step).wanted
@@ -212,6 +215,27 @@ class Bagel(nn.Module):
         mse = mse if mse is None or no_ce is None else mse + no_ce
         ce = ce if ce is None or no_mse is None else ce + no_mse
         return BagelOutput(mse, ce, order.to_sequence(hidden) if return_hidden else None)
+
+    def hidden_states(
+        self, batch: PackedBatch, latents: Tensor | None, times: Tensor | None, attend: Attention
+    ) -> Tensor:
+        """One inference step: (sequence_length, hidden) of a packed sequence, in sequence order.
+
+        Args:
+            batch: only its tokens and positions are used.
+            latents: (n_vae, p·p·C) latent tokens as they are at their time: nothing is mixed in.
+            times: (n_vae_images,) time in [0, 1] of each laid-down image, 0 = clean.
+            attend: attention of every layer in turn; it may hold earlier keys and values.
+        """
+        und, gen, order = self._embed(batch, self._checked_latents(batch, latents), times)
+        return order.to_sequence(self.language_model.model(und, gen, self._step(batch, order, attend, dtype=und.dtype)))
+
+    def _embed(self, batch: PackedBatch, latents: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor, Order]:
+        """Understanding rows, generation rows, and where they lie."""
+        text = self.language_model.model.embed_tokens(batch.packed_text_ids)
+        und = torch.cat([text, self._vit_tokens(batch, text)])
+        gen = self._latent_tokens(batch, latents, times, text)
+        return und, gen, self._order(batch, num_vit=und.shape[0] - text.shape[0], num_gen=gen.shape[0])
 
     def _velocity_error(
         self, batch: PackedBatch, hidden: Tensor, at: Tensor, target: Tensor, order: Order
@@ -255,36 +279,46 @@ class Bagel(nn.Module):
         features = self.connector(self.vit_model(pixels, position_ids, attend))
         return features + self.vit_pos_embed(position_ids)
 
-    def _latent_tokens(
-        self, batch: PackedBatch, latents: Tensor | None, noise: Tensor | None, like: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Noised latents as hidden vectors (n_vae, hidden), and the velocity to learn (n_vae, p·p·C)."""
+    def _checked_latents(self, batch: PackedBatch, latents: Tensor | None) -> Tensor:
         num_tokens = 0 if batch.packed_vae_token_indexes is None else len(batch.packed_vae_token_indexes)
-        if not self.config.visual_gen:
-            return like.new_zeros(num_tokens, like.shape[1]), like.new_zeros(num_tokens, 0)
-        latents = like.new_zeros(0, self.config.latent_dim) if not num_tokens else latents
-        if latents is None or latents.shape != (num_tokens, self.config.latent_dim):
+        shape = (num_tokens, self.config.latent_dim)
+        if not num_tokens or not self.config.visual_gen:
+            weight = self.language_model.model.embed_tokens.weight
+            return torch.zeros(shape, device=weight.device)
+        if latents is None or latents.shape != shape:
             found = None if latents is None else tuple(latents.shape)
-            raise ValueError(
-                f"packed_latents must be ({num_tokens}, {self.config.latent_dim}) for this batch, not {found}"
-            )
-        if not num_tokens:
-            t_images, lengths = like.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=like.device)
-            t, position_ids = t_images, lengths
+            raise ValueError(f"packed_latents must be {shape} for this batch, not {found}")
+        return latents
+
+    def _times_of_images(self, batch: PackedBatch) -> Tensor | None:
+        """(n_vae_images,) time in [0, 1]: all tokens of an image share one."""
+        if batch.packed_timesteps is None or batch.patchified_vae_latent_shapes is None:
+            return None
+        lengths = torch.tensor([h * w for h, w in batch.patchified_vae_latent_shapes])
+        starts = (lengths.cumsum(0) - lengths).to(batch.packed_timesteps.device)
+        return shift_time(batch.packed_timesteps[starts], self.config.timestep_shift)
+
+    @staticmethod
+    def _per_token(images: Tensor | None, batch: PackedBatch) -> Tensor:
+        """Rows of laid-down images (n_vae_images, …) repeated for their tokens (n_vae, …)."""
+        if images is None or batch.patchified_vae_latent_shapes is None:
+            return torch.zeros(0, device=batch.packed_text_ids.device)
+        lengths = [h * w for h, w in batch.patchified_vae_latent_shapes]
+        repeats = torch.tensor(lengths, device=images.device)
+        return images.repeat_interleave(repeats, dim=0, output_size=sum(lengths))
+
+    def _latent_tokens(self, batch: PackedBatch, latents: Tensor, times: Tensor | None, like: Tensor) -> Tensor:
+        """Latents (n_vae, p·p·C) at their times as hidden vectors (n_vae, hidden). Time is embedded once an image."""
+        if not self.config.visual_gen:
+            return like.new_zeros(len(latents), like.shape[1])  # upstream: rows of absent towers stay zero
+        position_ids = batch.packed_latent_position_ids
+        if times is None or position_ids is None:
+            times, position_ids = like.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=like.device)
+            embedded = self.time_embedder(times)
         else:
-            assert batch.packed_timesteps is not None and batch.packed_latent_position_ids is not None
-            assert batch.patchified_vae_latent_shapes is not None
-            t = shift_time(batch.packed_timesteps, self.config.timestep_shift)
-            lengths = torch.tensor([h * w for h, w in batch.patchified_vae_latent_shapes])
-            starts = (lengths.cumsum(0) - lengths).to(t.device)
-            # All tokens of an image share one time: embed it once an image, not once a token.
-            t_images, lengths = t[starts], lengths.to(t.device)
-            position_ids = batch.packed_latent_position_ids
-        noise = torch.randn_like(latents) if noise is None else noise
-        mixed = (1 - t[:, None]) * latents + t[:, None] * noise
-        times = self.time_embedder(t_images).repeat_interleave(lengths, dim=0, output_size=num_tokens)
-        tokens = self.vae2llm(mixed.to(self.vae2llm.weight.dtype)) + times + self.latent_pos_embed(position_ids)
-        return tokens.to(like.dtype), noise - latents
+            embedded = self._per_token(self.time_embedder(times), batch)
+        tokens = self.vae2llm(latents.to(self.vae2llm.weight.dtype)) + embedded + self.latent_pos_embed(position_ids)
+        return tokens.to(like.dtype)
 
     def _order(self, batch: PackedBatch, num_vit: int, num_gen: int) -> Order:
         if len(batch.packed_text_ids) + num_vit + num_gen != batch.sequence_length:
@@ -297,11 +331,11 @@ class Bagel(nn.Module):
         und_at = torch.cat([batch.packed_text_indexes, empty if vit_at is None else vit_at])
         return Order(und_at, empty if gen_at is None else gen_at)
 
-    def _step(self, batch: PackedBatch, order: Order, dtype: torch.dtype) -> Step:
+    def _step(self, batch: PackedBatch, order: Order, attend: Attention, dtype: torch.dtype) -> Step:
         llm = self.config.llm
         tables = rope_tables(batch.packed_position_ids, llm.head_dim, llm.rope_theta, dtype)
         cos, sin = (Blocks(table[order.und_at], table[order.gen_at]) for table in tables)
-        return Step(order, (cos, sin), plan_attention(self.attention_kernel, batch.layout, order.und_at.device))
+        return Step(order, (cos, sin), attend)
 
     def _last_step(self, batch: PackedBatch, step: Step) -> Step | None:
         """The last layer's step: only the splits that feed a loss are computed, over everybody's keys."""
