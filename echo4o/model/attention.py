@@ -149,6 +149,37 @@ class _SplitAttention(torch.autograd.Function):
         return None, grad_q, grad_k, grad_v
 
 
+@torch.no_grad()
+def attend_ranges(splits: Sequence[Split], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Inference attention on a CPU over keys that lie in several places, without copying any of them.
+
+    Every key range is attended to by itself; the parts are joined by their log-sum-exps. A causal split's last range is
+    the split itself.
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    out = torch.empty_like(q)
+    start = 0
+    for split in splits:
+        rows = slice(start, start + split.length)
+        folded = _fold(q[rows], kv_heads)
+        parts = []
+        for place, (key_start, key_end) in enumerate(split.key_ranges, start=1):
+            bias = None
+            if split.mode == "causal" and place == len(split.key_ranges) and split.length > 1:
+                hidden = torch.full((split.length, key_end - key_start), float("-inf"), dtype=q.dtype)
+                bias = hidden.triu_(key_end - key_start - split.length + 1).repeat(heads // kv_heads, 1)
+            keys, values = (x[key_start:key_end].transpose(0, 1).unsqueeze(0) for x in (k, v))
+            parts.append(
+                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(folded, keys, values, attn_mask=bias)
+            )
+        lse = torch.stack([part[1] for part in parts])
+        weights = (lse - lse.logsumexp(dim=0)).exp().unsqueeze(-1).to(q.dtype)
+        joined = parts[0][0] if len(parts) == 1 else sum(w * part[0] for w, part in zip(weights, parts, strict=True))
+        out[rows].view(split.length, kv_heads, -1, q.shape[2]).copy_(_unfold(joined.contiguous(), split.length))
+        start = rows.stop
+    return out
+
+
 # ---------------------------------------------------------------- flex: one block mask a step, built from lengths
 
 BLOCK_SIZE = 128

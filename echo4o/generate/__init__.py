@@ -1,0 +1,1 @@
+"""From prompts and reference images to images and text."""

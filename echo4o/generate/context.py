@@ -1,0 +1,251 @@
+"""What the model has read so far: keys and values written once, and contexts that share them.
+
+All contexts of a batch of requests, guidance branches included, are lists of row ranges in one pool. Adding a text or
+an image appends rows; a branch that starts with the same texts and images as another simply names the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echo4o.data.positions import patchify_image, position_ids
+from echo4o.model import Bagel
+from echo4o.model.attention import Attention, FlashPlan, attend_ranges, find_varlen_attention, sdpa_varlen
+from echo4o.packed import PackedBatch, Split
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Context:
+    """A sequence the model has read: where its keys lie in the pool, and the next rope position."""
+
+    ranges: tuple[Range, ...] = ()
+    rope: int = 0
+
+    @property
+    def kv_len(self) -> int:
+        return sum(end - start for start, end in self.ranges)
+
+    def followed_by(self, rows: Range, positions: int) -> Context:
+        ranges = list(self.ranges)
+        if ranges and ranges[-1][1] == rows[0]:
+            ranges[-1] = (ranges[-1][0], rows[1])
+        else:
+            ranges.append(rows)
+        return Context(tuple(ranges), self.rope + positions)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids, begin and end markers included if they are to be read."""
+
+    ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class VitImage:
+    """(3, H, W) in [-1, 1] for the vision encoder."""
+
+    image: Tensor
+    num_tokens: int
+    num_positions: int = 1
+
+
+@dataclass(frozen=True)
+class LatentImage:
+    """Latent tokens (h · w, p·p·C) of an image at a time: 0 for a reference, the step's for the one being drawn."""
+
+    tokens: Tensor
+    grid: tuple[int, int]
+    time: float = 0.0
+    num_positions: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1] + 2
+
+
+Piece = Text | VitImage | LatentImage
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A piece read after a context, or after an earlier addition of the same call (its number)."""
+
+    after: Context | int
+    piece: Piece
+
+
+class KVPool:
+    """Keys and values of every layer, (capacity, kv_heads, head_dim) each, filled from the front."""
+
+    def __init__(self, model: Bagel, capacity: int) -> None:
+        llm = model.config.llm
+        weight = model.language_model.model.embed_tokens.weight
+        shape = (capacity, llm.num_key_value_heads, llm.head_dim)
+        self.keys = [weight.new_empty(shape) for _ in range(llm.num_hidden_layers)]
+        self.values = [weight.new_empty(shape) for _ in range(llm.num_hidden_layers)]
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.keys[0].shape[0]
+
+    def reserve(self, num_rows: int) -> None:
+        """Make room for so many more rows; the pool at least doubles, so that growing it stays rare."""
+        if self.length + num_rows <= self.capacity:
+            return
+        capacity = max(2 * self.capacity, self.length + num_rows)
+        for pool in (self.keys, self.values):
+            for layer, old in enumerate(pool):
+                pool[layer] = old.new_empty(capacity, *old.shape[1:])
+                pool[layer][: self.length] = old[: self.length]
+
+
+class _PoolAttention:
+    """Attention of the layers in turn: writes the new rows behind the pool's, then attends to ranges of the pool."""
+
+    def __init__(self, pool: KVPool, splits: Sequence[Split], device: torch.device) -> None:
+        self.pool, self.splits, self.layer = pool, splits, 0
+        self.plan: Attention | None = None
+        if device.type != "cpu":
+            self.plan = FlashPlan(splits, device, find_varlen_attention() or sdpa_varlen)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.pool.keys[self.layer], self.pool.values[self.layer]
+        self.layer += 1
+        rows = slice(self.pool.length, self.pool.length + k.shape[0])
+        keys[rows], values[rows] = k, v
+        q = q.to(keys.dtype)
+        return attend_ranges(self.splits, q, keys, values) if self.plan is None else self.plan(q, keys, values)
+
+
+@dataclass(frozen=True)
+class Markers:
+    """Token ids that frame texts and images."""
+
+    bos_token_id: int
+    eos_token_id: int
+    start_of_image: int
+    end_of_image: int
+
+
+class Reader:
+    """Reads pieces into a pool and predicts from contexts; one forward pass for any number of them."""
+
+    def __init__(self, model: Bagel, markers: Markers, capacity: int = 4096) -> None:
+        self.model, self.markers = model, markers
+        self.pool = KVPool(model, capacity)
+
+    def vit_image(self, image: Tensor) -> VitImage:
+        patch = self.model.config.vit.patch_size if self.model.config.vit else 14
+        return VitImage(image, (image.shape[1] // patch) * (image.shape[2] // patch) + 2)
+
+    def extend(self, additions: Sequence[Addition]) -> tuple[list[Context], list[Tensor]]:
+        """Append pieces in one forward pass, whole chains of them if they name each other.
+
+        Returns:
+            The contexts after each addition, and the hidden states (num_tokens, hidden) of each piece.
+        """
+        if not additions:
+            return [], []
+        contexts, hidden = self._forward(additions)
+        self.pool.length += sum(addition.piece.num_tokens for addition in additions)
+        return contexts, hidden
+
+    def velocities(self, additions: Sequence[Addition]) -> list[Tensor]:
+        """Predicted velocity (h · w, p·p·C) of images that are being drawn; the pool keeps nothing of them."""
+        return [self.model.llm2vae(hidden[1:-1]).float() for hidden in self._forward(additions)[1]]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, hidden) → (n, vocabulary) float32."""
+        return self.model.language_model.lm_head(hidden).float()
+
+    @torch.no_grad()
+    def _forward(self, additions: Sequence[Addition]) -> tuple[list[Context], list[Tensor]]:
+        """Contexts after each addition and hidden states of each piece; rows behind the pool's length are written."""
+        before: list[Context] = []
+        after: list[Context] = []
+        splits, at = [], 0
+        for number, addition in enumerate(additions):
+            before.append(after[addition.after] if isinstance(addition.after, int) else addition.after)
+            end = at + addition.piece.num_tokens
+            own = (self.pool.length + at, self.pool.length + end)
+            after.append(before[-1].followed_by(own, addition.piece.num_positions))
+            mode = "causal" if isinstance(addition.piece, Text) else "full"
+            splits.append(Split(at, end, mode, number, after[-1].ranges))
+            at = end
+        pieces = [addition.piece for addition in additions]
+        batch, latents, times = self._pack(pieces, [context.rope for context in before])
+        self.pool.reserve(at)
+        hidden = self.model.hidden_states(batch, latents, times, _PoolAttention(self.pool, splits, self.model.device))
+        return after, list(hidden.split([piece.num_tokens for piece in pieces]))
+
+    def _pack(self, pieces: Sequence[Piece], ropes: Sequence[int]) -> tuple[PackedBatch, Tensor | None, Tensor | None]:
+        """The new tokens as a packed batch, latent tokens, and the time of each latent image."""
+        config, markers = self.model.config, self.markers
+        text_ids, text_at, positions, lengths = [], [], [], []
+        vit_tokens, vit_at, vit_ids, latents, vae_at, vae_ids, grids, times = [], [], [], [], [], [], [], []
+        at = 0
+        for piece, rope in zip(pieces, ropes, strict=True):
+            end = at + piece.num_tokens
+            lengths.append(piece.num_tokens)
+            if isinstance(piece, Text):
+                text_ids += piece.ids
+                text_at += range(at, end)
+                positions += range(rope, rope + piece.num_tokens)
+            else:
+                text_ids += [markers.start_of_image, markers.end_of_image]
+                text_at += [at, end - 1]
+                positions += [rope] * piece.num_tokens
+                inside = torch.arange(at + 1, end - 1)
+                if isinstance(piece, VitImage):
+                    patch = config.vit.patch_size if config.vit else 14
+                    _, height, width = piece.image.shape
+                    side = config.vit_max_num_patch_per_side
+                    vit_tokens.append(patchify_image(piece.image, patch))
+                    vit_ids.append(position_ids(height, width, patch, side, config.interpolate_pos))
+                    vit_at.append(inside)
+                else:
+                    h, w = piece.grid
+                    pixels = config.latent_downsample
+                    side = config.max_latent_size
+                    vae_ids.append(position_ids(h * pixels, w * pixels, pixels, side, config.interpolate_pos))
+                    latents.append(piece.tokens)
+                    vae_at.append(inside)
+                    grids.append(piece.grid)
+                    times.append(piece.time)
+            at = end
+        device = self.model.device
+        batch = PackedBatch(
+            sequence_length=at,
+            sample_lens=lengths,
+            split_lens=lengths,
+            attn_modes=["full"] * len(lengths),
+            packed_text_ids=torch.tensor(text_ids),
+            packed_text_indexes=torch.tensor(text_at),
+            packed_position_ids=torch.tensor(positions),
+            packed_vit_tokens=torch.cat(vit_tokens) if vit_tokens else None,
+            packed_vit_token_indexes=torch.cat(vit_at) if vit_at else None,
+            packed_vit_position_ids=torch.cat(vit_ids) if vit_ids else None,
+            vit_token_seqlens=[len(tokens) for tokens in vit_tokens] or None,
+            patchified_vae_latent_shapes=grids or None,
+            packed_latent_position_ids=torch.cat(vae_ids) if vae_ids else None,
+            packed_vae_token_indexes=torch.cat(vae_at) if vae_at else None,
+        ).to(device)
+        if not latents:
+            return batch, None, None
+        return batch, torch.cat(latents).to(device), torch.tensor(times, device=device)

@@ -1,0 +1,399 @@
+"""Prompt and references in, images and text out; any number of requests in one packed run.
+
+pipe = Echo4oPipeline.from_pretrained("hf/BAGEL-7B-MoT", dtype="bfloat16", device="auto")
+out = pipe("The cat of image 1 on the sofa of image 2.", images=["cat.jpg", "sofa.png"], seed=0)
+out.images[0].save("out.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+from echo4o.data.images import ImageTransform, open_image, to_tensor
+from echo4o.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer
+from echo4o.generate.context import Addition, Context, LatentImage, Markers, Reader, Text
+from echo4o.generate.presets import Settings, preset
+from echo4o.generate.sampler import shifted_schedule
+from echo4o.model import Bagel
+from echo4o.model.embeddings import patchify_latents, unpatchify_latents
+from echo4o.model.vae import AutoEncoder
+
+# Weights were trained with these exact words (BAGEL, Apache-2.0): compatibility constants.
+THINK_BEFORE_ANSWER = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+    "The reasoning process is enclosed within <think> </think> tags, "
+    "i.e. <think> reasoning process here </think> answer here"
+)
+THINK_BEFORE_IMAGE = (
+    "You should first think about the planning process in the mind and then generate the image. \n"
+    "The planning process is enclosed within <think> </think> tags, "
+    "i.e. <think> planning process here </think> image here"
+)
+DEFAULT_SIZE = (1024, 1024)
+
+ImageLike = Image.Image | str | Path | bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: texts and images in any order, and what is wanted of them.
+
+    Attributes:
+        elements: strings and images, read in order.
+        height, width: of the output; by default that of the reference `settings.size_from`, 1024² without references.
+        think: let the model plan in words first.
+        understand: answer in text instead of drawing.
+        seed: of all noise of this request, whatever else is in the batch.
+        noise: (h · w, p·p·C) initial noise, and noise of the references' posteriors, instead of the seed's.
+    """
+
+    elements: tuple[str | ImageLike, ...]
+    settings: Settings = field(default_factory=Settings)
+    height: int | None = None
+    width: int | None = None
+    think: bool = False
+    understand: bool = False
+    seed: int = 0
+    noise: Tensor | None = None
+    reference_noise: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class Output:
+    """images: drawn, in order of the requests; texts: thoughts and answers; info: sizes, seeds, token counts."""
+
+    images: list[Image.Image]
+    texts: list[str]
+    info: list[dict[str, Any]]
+
+
+@dataclass
+class _State:
+    """What is known of a request while it runs."""
+
+    request: Request
+    generator: Generator
+    full: Context | int = field(default_factory=Context)
+    no_text: Context | int = field(default_factory=Context)
+    no_image: Context | int = field(default_factory=Context)
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) of the resized references
+    text: str = ""
+    x: Tensor | None = None
+    grid: tuple[int, int] = (0, 0)
+
+
+class Echo4oPipeline:
+    """See the module's docstring.
+
+    Args:
+        special_tokens: ids of the four markers (an object or a mapping with the names of `Markers`).
+        vae_transform, vit_transform: (max, min, stride) or an `ImageTransform`. As upstream, the ViT's is applied to
+            the image already resized for the VAE.
+    """
+
+    def __init__(
+        self,
+        model: Bagel,
+        vae: AutoEncoder | None,
+        tokenizer: Tokenizer,
+        special_tokens: Any,
+        vae_transform: ImageTransform | Sequence[int] = (1024, 512, 16),
+        vit_transform: ImageTransform | Sequence[int] = (980, 224, 14),
+    ) -> None:
+        self.model, self.vae, self.tokenizer = model.eval(), vae, tokenizer
+        get = (
+            special_tokens.__getitem__
+            if isinstance(special_tokens, dict)
+            else lambda name: getattr(special_tokens, name)
+        )
+        self.markers = Markers(*(get(name) for name in Markers.__annotations__))
+        self.vae_transform, self.vit_transform = _transform(vae_transform), _transform(vit_transform)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype | str = "bfloat16", device: str = "auto", weights: str | None = None
+    ) -> Echo4oPipeline:
+        """Load an upstream folder or a training checkpoint.
+
+        Args:
+            device: ``auto`` takes a GPU where there is one.
+            weights: ``ema``, ``model`` or None (``ema`` where there is one).
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        tokenizer = load_tokenizer(folder)
+        model = Bagel.from_pretrained(folder, dtype=dtype, device=device, weights=weights)
+        model.set_attention_kernel("auto")
+        vae = AutoEncoder.from_pretrained(folder, device=device) if model.config.visual_gen else None
+        config = model.config
+        side = config.max_latent_size * config.latent_downsample
+        vit = config.vit_max_num_patch_per_side * (config.vit.patch_size if config.vit else 14)
+        # BAGEL's published transforms, within what the position tables of a smaller model hold.
+        vae_transform = (min(1024, side), min(512, side // 2), config.latent_downsample or 16)
+        vit_transform = (min(980, vit), min(224, vit // 2), config.vit.patch_size if config.vit else 14)
+        return cls(model, vae, tokenizer, add_special_tokens(tokenizer), vae_transform, vit_transform)
+
+    # ------------------------------------------------------------ what users call
+
+    def __call__(
+        self,
+        prompt: str,
+        images: Sequence[ImageLike] = (),
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        preset: str | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        think: bool = False,
+        **overrides: Any,
+    ) -> Output:
+        """Draw from a prompt and references. Image i of `num_images` uses seed + i.
+
+        Raises:
+            ValueError: for an empty prompt, an impossible size or an unknown preset.
+            TypeError: for an unknown setting.
+        """
+        name = preset or {0: "t2i", 1: "edit"}.get(len(images), "multi_ref")
+        return self.batch(
+            [
+                self.request(
+                    [*images, prompt], name, height=height, width=width, think=think, seed=seed + i, **overrides
+                )
+                for i in range(num_images)
+            ]
+        )
+
+    def understand(self, question: str, images: Sequence[ImageLike] = (), think: bool = False, **overrides: Any) -> str:
+        """Answer a question about images."""
+        overrides = {"max_think_tokens": 512, **overrides}
+        request = self.request([*images, question], "understand", think=think, understand=True, **overrides)
+        return self.batch([request]).texts[0]
+
+    def interleave(
+        self,
+        elements: Sequence[str | ImageLike],
+        think: bool = False,
+        understand: bool = False,
+        preset: str | None = None,
+        **keywords: Any,
+    ) -> Output:
+        """Texts and images in any order, upstream's semantics: without-text is everything before the last text."""
+        name = preset or ("multi_ref" if any(not isinstance(e, str) for e in elements) else "t2i")
+        return self.batch([self.request(elements, name, think=think, understand=understand, **keywords)])
+
+    def request(self, elements: Sequence[str | ImageLike], name: str, **keywords: Any) -> Request:
+        """A request with a preset's settings; keywords are fields of `Request` or settings."""
+        if not any(isinstance(element, str) and element.strip() for element in elements):
+            raise ValueError("a request needs a text: pass a prompt")
+        own = {key: keywords.pop(key) for key in list(keywords) if key in Request.__annotations__}
+        return Request(tuple(elements), settings=preset(name).changed(**keywords), **own)
+
+    # ------------------------------------------------------------ the run
+
+    @torch.no_grad()
+    def batch(self, requests: Sequence[Request]) -> Output:
+        """All requests in one packed run: the same results as one by one."""
+        reader = Reader(self.model, self.markers)
+        states = [_State(request, torch.Generator().manual_seed(request.seed)) for request in requests]
+        self._read(reader, states)
+        thinking = [state for state in states if state.request.think or state.request.understand]
+        self._write(reader, thinking)
+        drawing = [state for state in states if not state.request.understand]
+        self._think(reader, [state for state in drawing if state.request.think])
+        self._draw(reader, drawing)
+        images = [self._decoded(state) for state in drawing]
+        info = [self._info(state) for state in states]
+        return Output(images, [state.text for state in states if state.text], info)
+
+    def _text(self, text: str) -> Text:
+        return Text((self.markers.bos_token_id, *self.tokenizer.encode(text), self.markers.eos_token_id))
+
+    def _read(self, reader: Reader, states: Sequence[_State]) -> None:
+        """All elements of all requests in one forward pass."""
+        additions: list[Addition] = []
+
+        def add(after: Context | int, piece) -> int:
+            additions.append(Addition(after, piece))
+            return len(additions) - 1
+
+        for state in states:
+            request = state.request
+            if request.think:
+                words = THINK_BEFORE_ANSWER if request.understand else THINK_BEFORE_IMAGE
+                state.full = state.no_image = add(state.full, self._text(words))
+            draw = 0
+            for element in request.elements:
+                if isinstance(element, str):
+                    text, shared = self._text(element), state.full == state.no_image
+                    state.no_text = state.full
+                    state.full = add(state.full, text)
+                    state.no_image = state.full if shared else add(state.no_image, text)
+                    continue
+                image = open_image(element) if not isinstance(element, Image.Image) else element.convert("RGB")
+                image = image.resize(self.vae_transform.target_size(*image.size), Image.Resampling.BICUBIC)
+                state.sizes.append((image.height, image.width))
+                if not request.understand:
+                    noise = None if request.reference_noise is None else request.reference_noise[draw]
+                    state.full = add(state.full, self._reference(image, noise, state.generator))
+                    draw += 1
+                if self.model.config.visual_und:
+                    state.full = add(state.full, reader.vit_image(self.vit_transform(image)))
+                state.no_text = state.full
+        contexts, _ = reader.extend(additions)
+        for state in states:
+            for name in ("full", "no_text", "no_image"):
+                place = getattr(state, name)
+                if isinstance(place, int):
+                    setattr(state, name, contexts[place])
+
+    def _reference(self, image: Image.Image, noise: Tensor | None, generator: Generator) -> LatentImage:
+        if self.vae is None:
+            raise ValueError("this model has no generation branch (visual_gen is False): it can only answer in text")
+        pixels = to_tensor(image, image.size)[None]
+        moments = self.vae.moments(pixels.to(next(self.vae.parameters())))
+        latents = self.vae.sample(moments.float(), noise=noise, generator=None if noise is not None else generator)[0]
+        patch = self.model.config.latent_patch_size
+        grid = (latents.shape[1] // patch, latents.shape[2] // patch)
+        return LatentImage(patchify_latents([latents], patch), grid)
+
+    def _write(self, reader: Reader, states: Sequence[_State]) -> None:
+        """Text from every state's full context, decoded together; a request that has ended takes no more part."""
+        running = {number: [self.markers.bos_token_id] for number in range(len(states))}
+        contexts = {number: state.full for number, state in enumerate(states)}
+        finished: dict[int, list[int]] = {}
+        while running:
+            for number in [n for n, ids in running.items() if len(ids) >= states[n].request.settings.max_think_tokens]:
+                finished[number] = running.pop(number)
+            if not running:
+                break
+            order = list(running)
+            additions = [Addition(contexts[number], Text((running[number][-1],))) for number in order]
+            after, hidden = reader.extend(additions)
+            logits = reader.logits(torch.cat([rows[-1:] for rows in hidden]))
+            for number, context, row in zip(order, after, logits, strict=True):
+                state = states[number]
+                token = _choose(row, state.request.settings, state.generator)
+                contexts[number] = context
+                if token == self.markers.eos_token_id:
+                    finished[number] = running.pop(number)
+                else:
+                    running[number].append(token)
+        for number, state in enumerate(states):
+            state.text = self.tokenizer.decode(finished[number][1:])
+
+    def _think(self, reader: Reader, states: Sequence[_State]) -> None:
+        """The thought becomes part of the full context only (upstream)."""
+        contexts, _ = reader.extend([Addition(state.full, self._text(state.text)) for state in states])
+        for state, context in zip(states, contexts, strict=True):
+            state.full = context
+
+    def _draw(self, reader: Reader, states: Sequence[_State]) -> None:
+        schedules = []
+        for state in states:
+            settings = state.request.settings
+            state.grid = self._grid(state)
+            shape = (state.grid[0] * state.grid[1], self.model.config.latent_dim)
+            noise = state.request.noise
+            if noise is not None and tuple(noise.shape) != shape:
+                raise ValueError(f"noise must be {shape} for this output, not {tuple(noise.shape)}")
+            noise = torch.randn(shape, generator=state.generator) if noise is None else noise
+            state.x = noise.to(self.model.device)
+            times = shifted_schedule(settings.num_timesteps, settings.timestep_shift)
+            schedules.append(list(pairwise(times.unbind())))
+        for number in range(max(map(len, schedules), default=0)):
+            active = [(s, *steps[number]) for s, steps in zip(states, schedules, strict=True) if number < len(steps)]
+            self._step(reader, active)
+
+    def _step(self, reader: Reader, active: Sequence[tuple[_State, Tensor, Tensor]]) -> None:
+        """One Euler step of every image: all needed branches of all requests in one forward pass."""
+        additions: list[Addition] = []
+        places: list[list[int | None]] = []
+        for state, t, _ in active:
+            wanted = (True, *state.request.settings.guidance.branches_at(float(t)))
+            chosen: dict[Context, int] = {}  # a branch that equals another is not computed
+            branches: list[int | None] = []
+            for context, is_wanted in zip((state.full, state.no_text, state.no_image), wanted, strict=True):
+                if not is_wanted:
+                    branches.append(None)
+                    continue
+                if context not in chosen:
+                    chosen[context] = len(additions)
+                    additions.append(Addition(context, LatentImage(state.x, state.grid, float(t))))
+                branches.append(chosen[context])
+            places.append(branches)
+        velocities = reader.velocities(additions)
+        for (state, t, t_next), branches in zip(active, places, strict=True):
+            answers = [None if place is None else velocities[place] for place in branches]
+            velocity = state.request.settings.guidance.combine(float(t), *answers)
+            state.x = state.x - velocity * (t - t_next).to(velocity.device)
+
+    def _grid(self, state: _State) -> tuple[int, int]:
+        """(rows, columns) of latent tokens of the output."""
+        request, stride = state.request, self.model.config.latent_downsample
+        if (request.height is None) != (request.width is None):
+            raise ValueError("pass height and width together, or neither")
+        if request.height is not None and request.width is not None:
+            size = (request.height, request.width)
+        elif state.sizes:
+            size = state.sizes[_place(request.settings.size_from, len(state.sizes))]
+        else:
+            side = self.model.config.max_latent_size * stride
+            size = (min(DEFAULT_SIZE[0], side), min(DEFAULT_SIZE[1], side))
+        limit = self.model.config.max_latent_size
+        if any(side % stride or not stride <= side <= limit * stride for side in size):
+            raise ValueError(
+                f"output size {size[0]} × {size[1]} (height × width): both must be multiples of {stride} "
+                f"up to {limit * stride}, the model's position table"
+            )
+        return size[0] // stride, size[1] // stride
+
+    def _decoded(self, state: _State) -> Image.Image:
+        assert self.vae is not None and state.x is not None
+        latents = unpatchify_latents(state.x, [state.grid], self.model.config.latent_patch_size)[0]
+        pixels = self.vae.decode(latents[None].to(next(self.vae.parameters())))[0].float()
+        pixels = (pixels * 0.5 + 0.5).clamp(0, 1) * 255
+        return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+    def _info(self, state: _State) -> dict[str, Any]:
+        stride = self.model.config.latent_downsample
+        return {
+            "seed": state.request.seed,
+            "height": state.grid[0] * stride,
+            "width": state.grid[1] * stride,
+            "context_tokens": {name: getattr(state, name).kv_len for name in ("full", "no_text", "no_image")},
+            "latents": state.x,
+            "text": state.text,
+        }
+
+
+def _transform(transform: ImageTransform | Sequence[int]) -> ImageTransform:
+    return transform if isinstance(transform, ImageTransform) else ImageTransform(*transform)
+
+
+def _place(size_from: str | int, num_references: int) -> int:
+    if isinstance(size_from, int):
+        if not 1 <= size_from <= num_references:
+            raise ValueError(f"size_from is {size_from}, but there are {num_references} references")
+        return size_from - 1
+    if size_from not in ("first", "last"):
+        raise ValueError(f"size_from is {size_from!r}; use first, last or the number of a reference")
+    return 0 if size_from == "first" else num_references - 1
+
+
+def _choose(logits: Tensor, settings: Settings, generator: Generator) -> int:
+    """The next token: the likeliest, or drawn from the smallest set of likeliest tokens of probability top_p."""
+    if not settings.do_sample:
+        return int(logits.argmax())
+    probabilities, tokens = (logits.cpu() / settings.temperature).softmax(-1).sort(descending=True)
+    kept = probabilities.cumsum(0) - probabilities < settings.top_p
+    drawn = torch.multinomial(probabilities * kept, 1, generator=generator)
+    return int(tokens[drawn])
