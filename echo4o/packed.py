@@ -77,12 +77,14 @@ class AttentionLayout:
             raise ValueError(f"{len(self.split_lens)} split_lens but {len(self.attn_modes)} attn_modes")
         if unknown := set(self.attn_modes) - set(ATTN_MODES):
             raise ValueError(f"unknown attention modes {sorted(unknown)}; known: {', '.join(ATTN_MODES)}")
+        if min((*self.sample_lens, *self.split_lens), default=0) < 0:
+            raise ValueError(f"lengths must not be negative: {self.sample_lens}, {self.split_lens}")
         borders = set(accumulate(self.split_lens, initial=0))
         missing = [end for end in accumulate(self.sample_lens) if end not in borders]
         if missing or sum(self.sample_lens) != sum(self.split_lens):
             raise ValueError(
                 f"split_lens {self.split_lens} do not divide the samples {self.sample_lens}: "
-                "every sample must end where a split ends"
+                "every sample must end where a split ends (upstream's trailing pad split is left out here)"
             )
 
     @property

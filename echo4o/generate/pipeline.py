@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 
 from echo4o.data.images import ImageTransform, open_image, to_tensor
 from echo4o.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer
-from echo4o.generate.context import Addition, Context, LatentImage, Markers, Reader, Text
+from echo4o.generate.context import Addition, Context, LatentImage, Markers, Piece, Reader, Text
 from echo4o.generate.presets import Settings, preset
 from echo4o.generate.sampler import shifted_schedule
 from echo4o.model import Bagel
@@ -81,12 +81,12 @@ class _State:
 
     request: Request
     generator: Generator
-    full: Context | int = field(default_factory=Context)
-    no_text: Context | int = field(default_factory=Context)
-    no_image: Context | int = field(default_factory=Context)
+    full: Context = field(default_factory=Context)
+    no_text: Context = field(default_factory=Context)
+    no_image: Context = field(default_factory=Context)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) of the resized references
     text: str = ""
-    x: Tensor | None = None
+    x: Tensor = field(default_factory=lambda: torch.zeros(0))
     grid: tuple[int, int] = (0, 0)
 
 
@@ -220,40 +220,44 @@ class Echo4oPipeline:
     def _read(self, reader: Reader, states: Sequence[_State]) -> None:
         """All elements of all requests in one forward pass."""
         additions: list[Addition] = []
+        places = [self._plan(reader, state, additions) for state in states]
+        contexts, _ = reader.extend(additions)
+        for state, branches in zip(states, places, strict=True):
+            state.full, state.no_text, state.no_image = (
+                contexts[place] if isinstance(place, int) else place for place in branches
+            )
 
-        def add(after: Context | int, piece) -> int:
+    def _plan(self, reader: Reader, state: _State, additions: list[Addition]) -> tuple[Context | int, ...]:
+        """Append a request's elements to `additions`; where its full, text-less and image-less contexts end."""
+        request = state.request
+
+        def add(after: Context | int, piece: Piece) -> int:
             additions.append(Addition(after, piece))
             return len(additions) - 1
 
-        for state in states:
-            request = state.request
-            if request.think:
-                words = THINK_BEFORE_ANSWER if request.understand else THINK_BEFORE_IMAGE
-                state.full = state.no_image = add(state.full, self._text(words))
-            draw = 0
-            for element in request.elements:
-                if isinstance(element, str):
-                    text, shared = self._text(element), state.full == state.no_image
-                    state.no_text = state.full
-                    state.full = add(state.full, text)
-                    state.no_image = state.full if shared else add(state.no_image, text)
-                    continue
-                image = open_image(element) if not isinstance(element, Image.Image) else element.convert("RGB")
-                image = image.resize(self.vae_transform.target_size(*image.size), Image.Resampling.BICUBIC)
-                state.sizes.append((image.height, image.width))
-                if not request.understand:
-                    noise = None if request.reference_noise is None else request.reference_noise[draw]
-                    state.full = add(state.full, self._reference(image, noise, state.generator))
-                    draw += 1
-                if self.model.config.visual_und:
-                    state.full = add(state.full, reader.vit_image(self.vit_transform(image)))
-                state.no_text = state.full
-        contexts, _ = reader.extend(additions)
-        for state in states:
-            for name in ("full", "no_text", "no_image"):
-                place = getattr(state, name)
-                if isinstance(place, int):
-                    setattr(state, name, contexts[place])
+        full: Context | int = Context()
+        no_text, no_image = full, full
+        if request.think:
+            words = THINK_BEFORE_ANSWER if request.understand else THINK_BEFORE_IMAGE
+            full = no_image = add(full, self._text(words))
+        for element in request.elements:
+            if isinstance(element, str):
+                text, shared, no_text = self._text(element), full == no_image, full
+                full = add(full, text)
+                # Until the first image both contexts are the same rows.
+                no_image = full if shared else add(no_image, text)
+                continue
+            image = element.convert("RGB") if isinstance(element, Image.Image) else open_image(element)
+            image = image.resize(self.vae_transform.target_size(*image.size), Image.Resampling.BICUBIC)
+            if not request.understand:
+                noises = request.reference_noise
+                noise = None if noises is None else noises[len(state.sizes)]
+                full = add(full, self._reference(image, noise, state.generator))
+            if self.model.config.visual_und:
+                full = add(full, reader.vit_image(self.vit_transform(image)))
+            state.sizes.append((image.height, image.width))
+            no_text = full
+        return full, no_text, no_image
 
     def _reference(self, image: Image.Image, noise: Tensor | None, generator: Generator) -> LatentImage:
         if self.vae is None:
@@ -357,7 +361,7 @@ class Echo4oPipeline:
         return size[0] // stride, size[1] // stride
 
     def _decoded(self, state: _State) -> Image.Image:
-        assert self.vae is not None and state.x is not None
+        assert self.vae is not None
         latents = unpatchify_latents(state.x, [state.grid], self.model.config.latent_patch_size)[0]
         pixels = self.vae.decode(latents[None].to(next(self.vae.parameters())))[0].float()
         pixels = (pixels * 0.5 + 0.5).clamp(0, 1) * 255
@@ -376,7 +380,10 @@ class Echo4oPipeline:
 
 
 def _transform(transform: ImageTransform | Sequence[int]) -> ImageTransform:
-    return transform if isinstance(transform, ImageTransform) else ImageTransform(*transform)
+    if isinstance(transform, ImageTransform):
+        return transform
+    max_image_size, min_image_size, image_stride = transform
+    return ImageTransform(max_image_size, min_image_size, image_stride)
 
 
 def _place(size_from: str | int, num_references: int) -> int:

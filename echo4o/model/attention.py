@@ -174,7 +174,7 @@ def attend_ranges(splits: Sequence[Split], q: Tensor, k: Tensor, v: Tensor) -> T
             )
         lse = torch.stack([part[1] for part in parts])
         weights = (lse - lse.logsumexp(dim=0)).exp().unsqueeze(-1).to(q.dtype)
-        joined = parts[0][0] if len(parts) == 1 else sum(w * part[0] for w, part in zip(weights, parts, strict=True))
+        joined = (weights * torch.stack([part[0] for part in parts])).sum(dim=0) if len(parts) > 1 else parts[0][0]
         out[rows].view(split.length, kv_heads, -1, q.shape[2]).copy_(_unfold(joined.contiguous(), split.length))
         start = rows.stop
     return out

@@ -96,6 +96,7 @@ class Bagel(nn.Module):
         device: torch.device | str = "cpu",
         weights: str | None = None,
         config: BagelConfig | None = None,
+        **overrides,
     ) -> Bagel:
         """Load an upstream folder without a second copy in memory.
 
@@ -104,6 +105,7 @@ class Bagel(nn.Module):
                 ``model.safetensors`` (single file or sharded).
             weights: ``ema`` or ``model``; None takes ``ema`` if it exists, else ``model``.
             config: used instead of the folder's.
+            overrides: fields of `BagelConfig` or `LLMConfig` to set instead, such as ``freeze_und=True``.
 
         Raises:
             FileNotFoundError: if there are no such weights.
@@ -114,7 +116,7 @@ class Bagel(nn.Module):
             wanted = f"{weights}.safetensors" if weights else "ema.safetensors or model.safetensors"
             raise FileNotFoundError(f"{folder} has no {wanted} (nor a sharded index of it)")
         with torch.device("meta"):
-            model = cls(config or BagelConfig.from_pretrained(folder))
+            model = cls(config or BagelConfig.from_pretrained(folder, **overrides))
         model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).to_empty(device=device)
         model.language_model.tie_weights()  # to_empty gives every name a storage of its own
         model.reset_tables()
@@ -294,7 +296,7 @@ class Bagel(nn.Module):
         """(n_vae_images,) time in [0, 1]: all tokens of an image share one."""
         if batch.packed_timesteps is None or batch.patchified_vae_latent_shapes is None:
             return None
-        lengths = torch.tensor([h * w for h, w in batch.patchified_vae_latent_shapes])
+        lengths = torch.tensor([h * w for h, w in batch.patchified_vae_latent_shapes], dtype=torch.int64)
         starts = (lengths.cumsum(0) - lengths).to(batch.packed_timesteps.device)
         return shift_time(batch.packed_timesteps[starts], self.config.timestep_shift)
 
@@ -304,7 +306,7 @@ class Bagel(nn.Module):
         if images is None or batch.patchified_vae_latent_shapes is None:
             return torch.zeros(0, device=batch.packed_text_ids.device)
         lengths = [h * w for h, w in batch.patchified_vae_latent_shapes]
-        repeats = torch.tensor(lengths, device=images.device)
+        repeats = torch.tensor(lengths, dtype=torch.int64, device=images.device)
         return images.repeat_interleave(repeats, dim=0, output_size=sum(lengths))
 
     def _latent_tokens(self, batch: PackedBatch, latents: Tensor, times: Tensor | None, like: Tensor) -> Tensor:

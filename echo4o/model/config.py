@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 from echo4o.model.pretrained import find_weights, read_shapes
@@ -209,10 +209,10 @@ def _llm_config(llm: Mapping, scalars: Mapping, shapes: Mapping, overrides: Mapp
     # transformers 5 moved rope_theta into rope_parameters.
     values.setdefault("rope_theta", (llm.get("rope_parameters") or {}).get("rope_theta", 10000.0))
     values.setdefault("tie_word_embeddings", False)
-    values.setdefault("num_key_value_heads", values["num_attention_heads"])
+    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
     values.setdefault("rms_norm_eps", 1e-6)
     values["freeze_und"] = bool(scalars.get("freeze_und", values.get("freeze_und", False)))
-    return LLMConfig(**{**values, **overrides})
+    return _build(LLMConfig, {**values, **overrides}, "llm_config.json")
 
 
 def _decoder_kind(shapes: Mapping[str, tuple[int, ...]]) -> dict:
@@ -230,7 +230,7 @@ def _decoder_kind(shapes: Mapping[str, tuple[int, ...]]) -> dict:
 
 
 def _vit_config(vit: Mapping) -> ViTConfig:
-    return ViTConfig(**_known(vit, ViTConfig))
+    return _build(ViTConfig, _known(vit, ViTConfig), "vit_config.json")
 
 
 def _scalars(scalars: Mapping, vit: Mapping | None, shapes: Mapping, overrides: Mapping) -> dict:
@@ -265,7 +265,34 @@ def _nested_or_file(scalars: Mapping, folder: Path, name: str) -> dict | None:
 
 
 def _known(values: Mapping, kind: type) -> dict:
-    return {key: value for key, value in values.items() if key in kind.__annotations__ and value is not None}
+    """The entries that `kind` has a field for, checked against the field's type.
+
+    Raises:
+        ValueError: naming an entry of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"expected a JSON object with the fields of {kind.__name__}, not {type(values).__name__}")
+    types = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,), "tuple[int, ...]": (list, tuple)}
+    known = {key: value for key, value in values.items() if key in kind.__annotations__ and value is not None}
+    for key, value in known.items():
+        expected = types.get(kind.__annotations__[key], (object,))
+        if not isinstance(value, expected) or (
+            isinstance(value, bool) and bool not in expected and object not in expected
+        ):
+            raise ValueError(f"{key} of {kind.__name__} must be {kind.__annotations__[key]}, not {value!r}")
+    return known
+
+
+def _build(kind: type, values: Mapping, source: str):
+    """`kind` from a file's values.
+
+    Raises:
+        ValueError: naming the entries that `source` lacks.
+    """
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise ValueError(f"{source} lacks {', '.join(missing)}")
+    return kind(**values)
 
 
 def _read_json(path: Path) -> dict:

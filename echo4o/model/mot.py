@@ -230,8 +230,12 @@ class DecoderLayer(nn.Module):
         for name in ("input_layernorm", "post_attention_layernorm"):
             setattr(self, name, RMSNorm(config.hidden_size, config.rms_norm_eps))
             setattr(self, f"{name}_moe_gen", RMSNorm(config.hidden_size, config.rms_norm_eps) if is_mot else None)
-        # Only MoT layers stop gradients of their own; the shared attention of MoE layers trains on (upstream).
-        self.freeze_und = config.freeze_und and is_mot
+        self.config = config
+
+    @property
+    def freeze_und(self) -> bool:
+        """Only MoT layers stop gradients of their own; the shared attention of MoE layers trains on (upstream)."""
+        return self.config.freeze_und and self.self_attn.experts
 
     def _by_block(self, name: str, x: Blocks) -> Blocks:
         und, gen = getattr(self, name), getattr(self, f"{name}_moe_gen")

@@ -183,3 +183,45 @@ def test_growing_the_vocabulary_keeps_old_words() -> None:
     assert model.language_model.lm_head.weight.shape == (70, 32)
     assert torch.equal(model.language_model.lm_head.weight[:64], before)
     assert model(text_only_batch(packed_text_ids=torch.arange(64, 70))).ce.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("llm_config.json", lambda c: {}, "llm_config.json lacks hidden_size"),
+        ("llm_config.json", lambda c: [], "expected a JSON object"),
+        ("llm_config.json", lambda c: c | {"hidden_size": "32"}, "hidden_size of LLMConfig must be int, not '32'"),
+        ("vit_config.json", lambda c: c | {"hidden_size": "16"}, "hidden_size of ViTConfig must be int"),
+        ("vit_config.json", lambda c: {"hidden_size": 16}, "vit_config.json lacks intermediate_size"),
+        ("llm_config.json", lambda c: c | {"qk_norm": "false"}, "qk_norm of LLMConfig must be bool"),
+    ],
+)
+def test_wrong_configs_name_the_entry(folder, file, change, message) -> None:
+    values = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(change(values)))
+    with pytest.raises(ValueError, match=message):
+        BagelConfig.from_pretrained(folder)
+
+
+def test_freeze_und_can_be_asked_for_while_loading_or_switched_later(parity) -> None:
+    from .reference import Reference
+
+    case = Reference(parity / "multiref")
+    loaded, switched = Bagel.from_pretrained(case.folder, freeze_und=True), Bagel.from_pretrained(case.folder)
+    switched.config.llm.freeze_und = True
+    for model in (loaded, switched):
+        model(case.batch(), case.latents(), noise=case.noise()).mse.mean().backward()
+        frozen = [n for n, p in model.named_parameters() if "layers.0.mlp.up_proj" in n and p.grad is not None]
+        assert frozen == [] and model.vae2llm.weight.grad.abs().sum() > 0
+
+
+def test_empty_tensors_mean_an_absent_modality() -> None:
+    model = Bagel(tiny_config())
+    empty = torch.zeros(0, dtype=torch.int64)
+    batch = text_only_batch(
+        packed_vae_token_indexes=empty, packed_latent_position_ids=empty, packed_timesteps=torch.zeros(0),
+        patchified_vae_latent_shapes=[], mse_loss_indexes=empty, packed_vit_tokens=torch.zeros(0, 588),
+        packed_vit_token_indexes=empty, packed_vit_position_ids=empty, vit_token_seqlens=[],
+    )  # fmt: skip
+    out = model(batch, torch.zeros(0, model.config.latent_dim))
+    assert out.mse is None and torch.equal(out.ce, model(text_only_batch()).ce)
