@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from echo4o.data.images import ImageTransform, open_image, to_tensor
+from echo4o.data.images import ImageTransform, open_image, to_rgb, to_tensor
 from echo4o.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer
 from echo4o.generate.context import Addition, Context, LatentImage, Markers, Piece, Reader, Text
 from echo4o.generate.presets import Settings, preset
@@ -247,7 +247,7 @@ class Echo4oPipeline:
                 # Until the first image both contexts are the same rows.
                 no_image = full if shared else add(no_image, text)
                 continue
-            image = element.convert("RGB") if isinstance(element, Image.Image) else open_image(element)
+            image = to_rgb(element) if isinstance(element, Image.Image) else open_image(element)
             image = image.resize(self.vae_transform.target_size(*image.size), Image.Resampling.BICUBIC)
             if not request.understand:
                 noises = request.reference_noise
@@ -336,8 +336,9 @@ class Echo4oPipeline:
             places.append(branches)
         velocities = reader.velocities(additions)
         for (state, t, t_next), branches in zip(active, places, strict=True):
-            answers = [None if place is None else velocities[place] for place in branches]
-            velocity = state.request.settings.guidance.combine(float(t), *answers)
+            full, *others = (None if place is None else velocities[place] for place in branches)
+            assert full is not None
+            velocity = state.request.settings.guidance.combine(float(t), full, *others)
             state.x = state.x - velocity * (t - t_next).to(velocity.device)
 
     def _grid(self, state: _State) -> tuple[int, int]:
