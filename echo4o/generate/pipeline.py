@@ -21,6 +21,7 @@ from echo4o.data.images import ImageTransform, open_image, to_rgb, to_tensor
 from echo4o.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer
 from echo4o.generate.context import Addition, Context, LatentImage, Markers, Piece, Reader, Text
 from echo4o.generate.presets import Settings, preset
+from echo4o.generate.request import ImageLike, Output, Request
 from echo4o.generate.sampler import shifted_schedule
 from echo4o.model import Bagel
 from echo4o.model.embeddings import patchify_latents, unpatchify_latents
@@ -38,41 +39,6 @@ THINK_BEFORE_IMAGE = (
     "i.e. <think> planning process here </think> image here"
 )
 DEFAULT_SIZE = (1024, 1024)
-
-ImageLike = Image.Image | str | Path | bytes
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request: texts and images in any order, and what is wanted of them.
-
-    Attributes:
-        elements: strings and images, read in order.
-        height, width: of the output; by default that of the reference `settings.size_from`, 1024² without references.
-        think: let the model plan in words first.
-        understand: answer in text instead of drawing.
-        seed: of all noise of this request, whatever else is in the batch.
-        noise: (h · w, p·p·C) initial noise, and noise of the references' posteriors, instead of the seed's.
-    """
-
-    elements: tuple[str | ImageLike, ...]
-    settings: Settings = field(default_factory=Settings)
-    height: int | None = None
-    width: int | None = None
-    think: bool = False
-    understand: bool = False
-    seed: int = 0
-    noise: Tensor | None = None
-    reference_noise: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class Output:
-    """images: drawn, in order of the requests; texts: thoughts and answers; info: sizes, seeds, token counts."""
-
-    images: list[Image.Image]
-    texts: list[str]
-    info: list[dict[str, Any]]
 
 
 @dataclass

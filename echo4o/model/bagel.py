@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from echo4o.model.attention import Attention, KernelError, find_varlen_attention, plan_attention, resolve_kernel
+from echo4o.model.attention import Attention, find_varlen_attention, plan_attention, resolve_kernel
 from echo4o.model.config import BagelConfig
 from echo4o.model.embeddings import Connector, PositionTable, TimestepEmbedder, shift_time
 from echo4o.model.mot import Blocks, Order, Qwen2ForCausalLM, Step, rope_tables
+from echo4o.model.parts import part_of
 from echo4o.model.pretrained import find_weights, load_weights
 from echo4o.model.vit import SiglipVisionModel
 from echo4o.packed import AttentionLayout, PackedBatch
@@ -151,7 +151,7 @@ class Bagel(nn.Module):
         self.language_model.tie_weights()
 
     def parts(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Parameters by the part users think in: und, gen, vit, connector, generation heads, tables."""
+        """Parameters by the part of the model that users think in (`part_of`)."""
         parts: dict[str, list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self.named_parameters():
             parts.setdefault(part_of(name), []).append((name, parameter))
@@ -382,27 +382,3 @@ def _rows_of(positions: Tensor, at: Tensor, num_positions: int) -> Tensor:
     row_of = torch.empty(num_positions, dtype=torch.int64, device=at.device)
     row_of[at] = torch.arange(len(at), device=at.device)
     return row_of[positions]
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to."""
-    if name.startswith(("latent_pos_embed.", "vit_pos_embed.")):
-        return "position tables"
-    if name.startswith("vit_model."):
-        return "vit"
-    if name.startswith("connector."):
-        return "connector"
-    if name.startswith(("time_embedder.", "vae2llm.", "llm2vae.")):
-        return "latent heads"
-    if "moe_gen" in name:
-        return "generation experts"
-    if "embed_tokens" in name or "lm_head" in name:
-        return "word embeddings"
-    return "understanding experts"
-
-
-def trainable_parameters(model: nn.Module) -> Sequence[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-__all__ = ["Bagel", "BagelOutput", "KernelError", "part_of", "trainable_parameters"]

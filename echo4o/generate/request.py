@@ -1,0 +1,47 @@
+"""What is asked of the pipeline, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from echo4o.generate.presets import Settings
+
+ImageLike = Image.Image | str | Path | bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: texts and images in any order, and what is wanted of them.
+
+    Attributes:
+        elements: strings and images, read in order.
+        height, width: of the output; by default that of the reference `settings.size_from`, 1024² without references.
+        think: let the model plan in words first.
+        understand: answer in text instead of drawing.
+        seed: of all noise of this request, whatever else is in the batch.
+        noise: (h · w, p·p·C) initial noise, and noise of the references' posteriors, instead of the seed's.
+    """
+
+    elements: tuple[str | ImageLike, ...]
+    settings: Settings = field(default_factory=Settings)
+    height: int | None = None
+    width: int | None = None
+    think: bool = False
+    understand: bool = False
+    seed: int = 0
+    noise: Tensor | None = None
+    reference_noise: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class Output:
+    """images: drawn, in order of the requests; texts: thoughts and answers; info: sizes, seeds, token counts."""
+
+    images: list[Image.Image]
+    texts: list[str]
+    info: list[dict[str, Any]]
