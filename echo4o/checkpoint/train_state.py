@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -99,6 +100,7 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "ranks").mkdir(parents=True)
         engine.barrier()
+        _require_finite(engine, ema)
         _write(partial, progress, engine, ema, write_assets)
         engine.barrier()
         if engine.rank == 0:
@@ -137,6 +139,27 @@ def _write(partial: Path, progress: Progress, engine: Engine, ema: EMA, write_as
     write_assets(partial)
 
 
+def _require_finite(engine: Engine, ema: EMA) -> None:
+    """A checkpoint whose weights are not numbers would be taken for the newest good one."""
+    named = {**engine.state()["model"], **{f"{name} (EMA)": tensor for name, tensor in ema.shadow.items()}}
+    bad = next(iter(_non_finite(named)), None)
+    if found := next((name for name in engine.gather(bad) if name is not None), None):
+        raise ValueError(
+            f"{found} holds numbers that are not finite. Resume from an earlier checkpoint with a lower --lr"
+        )
+
+
+def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors with a NaN or an infinity."""
+    filled = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+    if not filled:
+        return []
+    # The maximum norm of a tensor keeps its NaNs and cannot overflow.
+    norms = torch._foreach_norm(list(filled.values()), float("inf"))  # pyright: ignore[reportPrivateImportUsage]
+    finite = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist()
+    return [name for name, good in zip(filled, finite, strict=True) if not good]
+
+
 @contextlib.contextmanager
 def _without_process_group_warning() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -145,6 +168,8 @@ def _without_process_group_warning() -> Iterator[None]:
 
 
 def _publish(partial: Path, folder: Path, step: int) -> None:
+    if unusable := _unusable_entries(partial):
+        raise OSError(f"{unusable[0]} is neither a file nor a folder (a dangling link?)")
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     for path in files:
         _sync(path)
@@ -153,6 +178,7 @@ def _publish(partial: Path, folder: Path, step: int) -> None:
     for path in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
         _sync(path)
     replaced = folder.with_name(f"{folder.name}.replaced")
+    restore_replaced(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         os.rename(folder, replaced)
@@ -213,7 +239,22 @@ def faults(folder: str | Path) -> list[str]:
             found.append(f"{name} is missing")
         elif path.stat().st_size != size:
             found.append(f"{name} has {path.stat().st_size:,} bytes instead of {size:,}")
-    return found
+    return found + [f"{name} is a dangling link" for name in _unusable_entries(folder) if name not in sizes]
+
+
+def _unusable_entries(folder: Path) -> list[str]:
+    """Names below `folder` that are neither files nor folders, links followed."""
+    entries = sorted(folder.rglob("*"))
+    return [str(path.relative_to(folder)) for path in entries if not path.is_file() and not path.is_dir()]
+
+
+def restore_replaced(checkpoint_dir: str | Path) -> None:
+    """Give back its name to a checkpoint whose replacement was killed between moving it away and taking its place."""
+    for path in Path(checkpoint_dir).glob("*.replaced"):
+        target = path.with_suffix("")
+        if _REMAINS.fullmatch(path.name) and not target.exists():
+            os.rename(path, target)
+            logger.warning("%s: its replacement was interrupted; the checkpoint is back under its name", target)
 
 
 def steps(checkpoint_dir: str | Path) -> list[int]:
@@ -226,13 +267,18 @@ def steps(checkpoint_dir: str | Path) -> list[int]:
 
 
 def latest(checkpoint_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
+    """The newest complete checkpoint, or None. Newer ones that are incomplete are named in a warning."""
+    restore_replaced(checkpoint_dir)
     found = steps(checkpoint_dir)
+    for path in sorted(Path(checkpoint_dir).glob("[0-9]*")):
+        if _STEP_NAME.fullmatch(path.name) and path.is_dir() and int(path.name) > max(found, default=-1):
+            logger.warning("%s is passed over: %s", path, "; ".join(faults(path)[:3]))
     return step_folder(checkpoint_dir, found[-1]) if found else None
 
 
 def prune(checkpoint_dir: str | Path, keep_last_n: int) -> None:
     """Remove all but the newest `keep_last_n` complete checkpoints (0: remove none), and remains of killed saves."""
+    restore_replaced(checkpoint_dir)
     for path in Path(checkpoint_dir).iterdir():
         if _REMAINS.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -327,6 +373,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link, so that the VAE costs no space in each checkpoint; copy where the file system cannot."""
     with contextlib.suppress(FileNotFoundError):
         target.unlink()
+    source = Path(os.path.realpath(source))  # os.link would link a link itself; Hugging Face's caches are made of them
     try:
         os.link(source, target)
     except OSError:

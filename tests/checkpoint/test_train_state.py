@@ -199,6 +199,54 @@ def test_link_or_copy(tmp_path: Path) -> None:
     assert target.read_bytes() == b"weights"
 
 
+def test_a_linked_vae_is_linked_itself(parity: Path, tmp_path: Path) -> None:
+    """As in Hugging Face's cache: the folder holds relative links."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "ae").write_bytes(b"weights")
+    source = tmp_path / "ae.safetensors"
+    source.symlink_to("blobs/ae")
+    folder = Training(parity / "multiref").save(
+        tmp_path / "out", assets=lambda f: train_state.link_or_copy(source, f / "ae.safetensors")
+    )
+    copy = folder / "ae.safetensors"
+    assert not copy.is_symlink() and copy.read_bytes() == b"weights"
+    assert "ae.safetensors" in json.loads((folder / "complete").read_text())["files"]
+
+
+def test_dangling_link_is_not_published_and_not_complete(parity: Path, tmp_path: Path) -> None:
+    training = Training(parity / "multiref")
+    with pytest.raises(CheckpointError, match="ae.safetensors is neither a file nor a folder"):
+        training.save(tmp_path, assets=lambda f: (f / "ae.safetensors").symlink_to("nowhere"))
+    folder = training.save(tmp_path)
+    (folder / "ae.safetensors").symlink_to("nowhere")
+    assert train_state.faults(folder) == ["ae.safetensors is a dangling link"]
+
+
+@pytest.mark.parametrize("use", ["latest", "prune", "save"])
+def test_kill_between_the_renames_of_a_replacement_loses_nothing(parity: Path, tmp_path: Path, use: str) -> None:
+    training = Training(parity / "multiref")
+    folder = training.save(tmp_path)
+    folder.rename(tmp_path / "0000002.replaced")
+    if use == "latest":
+        assert train_state.latest(tmp_path) == folder
+    elif use == "prune":
+        train_state.prune(tmp_path, keep_last_n=1)
+    else:
+        training.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000002"] and train_state.is_complete(folder)
+
+
+@pytest.mark.parametrize("where", ["model", "ema"])
+def test_weights_that_are_not_finite_are_not_saved(parity: Path, tmp_path: Path, where: str) -> None:
+    training = Training(parity / "multiref")
+    tensor = training.model.llm2vae.weight if where == "model" else training.ema.shadow["llm2vae.weight"]
+    with torch.no_grad():
+        tensor.view(-1)[3] = float("nan")
+    with pytest.raises(CheckpointError, match="llm2vae.weight.* not finite"):
+        training.save(tmp_path)
+    assert train_state.latest(tmp_path) is None and list(tmp_path.iterdir()) == []
+
+
 def test_a_step_saved_twice_is_replaced(parity: Path, tmp_path: Path) -> None:
     training = Training(parity / "multiref").steps(1)
     training.save(tmp_path)
