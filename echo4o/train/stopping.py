@@ -1,14 +1,18 @@
-"""Stop signals: SIGTERM and SIGUSR1 (pre-emption) let the current step finish, save and exit cleanly."""
+"""Stop signals: SIGTERM, SIGUSR1 (pre-emption) and the first Ctrl-C let the current step finish, save and exit cleanly.
+
+A second Ctrl-C ends the run at once, without saving.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
@@ -20,6 +24,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._interrupted = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -45,4 +50,10 @@ class StopRequest:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+            # Not through sys.stderr, which the interrupted code may be writing to.
+            os.write(2, b"\nCtrl-C: finishing this step and saving; once more ends at once, without saving\n")
         self.reason = signal.Signals(number).name
