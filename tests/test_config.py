@@ -176,9 +176,12 @@ def test_yaml_scientific_notation_without_a_dot(tmp_path):
         (["--lrr", "1"], "Did you mean lr"),
         (["--max_latentsize", "1"], "Did you mean max_latent_size"),
         (["--resume", "x"], "ambiguous: resume_from, resume_model_only"),
-        (["--lr", "fast"], "lr must be a number, not 'fast' (command line)"),
+        (["--lr", "fast"], "lr must be a finite number, not 'fast' (command line)"),
         (["--num_workers", "1.5"], "num_workers must be a whole number"),
         (["--visual_und", "maybe"], "visual_und must be True or False"),
+        (["--lr", "inf"], "lr must be a finite number, not 'inf'"),
+        (["--ce_weight", "nan"], "ce_weight must be a finite number"),
+        (["--timestep_shift", "1e999"], "timestep_shift must be a finite number"),
         (["--lr"], "expected one argument"),
         (["--lr", "1", "2"], "'2'"),
         (["no_such.yaml"], "cannot read the config no_such.yaml"),
@@ -198,11 +201,12 @@ def test_wrong_command_lines(argv, message):
         ("lr: 1\ntraining: {lr: 2}", "sets lr twice"),
         ("- lr", "must hold `name: value` lines"),
         ("lr: [", "not valid YAML"),
-        ("lr: [1]", "lr must be a number"),
+        ("lr: [1]", "lr must be a finite number"),
+        ("lr: .inf", "lr must be a finite number"),
         ("visual_und: 0.0", "visual_und must be True or False"),
         ("num_workers: true", "num_workers must be a whole number"),
         ("results_dir: {a: 1}", "results_dir must be text"),
-        ("lr: null", "lr must be a number, not None"),
+        ("lr: null", "lr must be a finite number, not None"),
     ],
 )
 def test_wrong_yaml(tmp_path, text, message):
@@ -240,7 +244,7 @@ def test_default_limits_follow_a_smaller_pack_and_stated_ones_are_checked(tmp_pa
         ({"layer_module": "Llama"}, "Qwen2MoTDecoderLayer"),
         ({"lr_scheduler": "linear"}, "constant, cosine"),
         ({"ema": 1.0}, "less than 1"),
-        ({"lr": float("nan")}, "greater than 0"),
+        ({"lr": 0}, "greater than 0"),
         ({"num_workers": -1}, "must not be negative"),
         ({"device": "gpu"}, "auto, cpu, cuda or cuda:N"),
         ({"visual_gen": False, "visual_und": False}, "nothing is left to train"),
@@ -267,6 +271,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
         ({"num_shard": 4, "cpu_offload": True}, "num_shard, cpu_offload: no effect"),
         ({"freeze_vae": False}, "freeze_vae False: no effect"),
         ({"wandb_name": "x"}, "no effect without --wandb True"),
+        ({"freeze_vit": True, "visual_und": False}, "freeze_vit: no effect with visual_und False"),
         ({"min_lr": 1e-6}, "min_lr: no effect with lr_scheduler constant"),
         ({"total_steps": 100}, "warmup_steps 2000 is not less than total_steps 100"),
         ({"total_steps": 5000}, "ema 0.9999 averages over about 10,000 steps"),
@@ -347,9 +352,51 @@ def test_contradictory_or_missing_starts_are_refused(folders):
         plan_loading(load_config(["--init_from", "no/where"]))
 
 
-@pytest.mark.parametrize("flags", ["--finetune_from_ema True", "--model_path {bagel}", "--resume_model_only True"])
-def test_loading_flags_that_do_nothing_say_so(folders, flags):
-    assert "does nothing" in plan_loading(load_config(flags.format(**folders).split())).describe()
+@pytest.mark.parametrize(
+    ("in_yaml", "flag"), [("init_from", "resume_from"), ("resume_from", "init_from")], ids=["resume", "init"]
+)
+def test_a_start_on_the_command_line_gives_way_to_none_of_the_yaml(folders, tmp_path, in_yaml, flag):
+    path = stated({in_yaml: folders["bagel"]}, tmp_path)
+    config = load_config([str(path), f"--{flag}", folders["complete"]])
+    plan = plan_loading(config)
+    assert {"init_from": plan.init_from, "resume_from": plan.resume_from} == {flag: folders["complete"], in_yaml: None}
+    assert f"{in_yaml} of {path} gives way to the command line's {flag}" in plan.describe()
+    # The saved settings start the same run.
+    save_resolved(config, tmp_path / "config.yaml")
+    assert getattr(plan_loading(load_config(tmp_path / "config.yaml")), flag) == folders["complete"]
+
+
+def test_two_starts_in_one_place_are_refused_and_the_message_says_how_to_clear_one(folders, tmp_path):
+    path = stated({"init_from": folders["bagel"], "resume_from": folders["complete"]}, tmp_path)
+    with pytest.raises(ConfigError, match="--resume_from none or --init_from none"):
+        plan_loading(load_config(path))
+    assert plan_loading(load_config([str(path), "--init_from", "none"])).resume_from == folders["complete"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        ("--finetune_from_ema True", "finetune_from_ema does nothing"),
+        ("--model_path {bagel}", "model_path does nothing"),
+        ("--resume_model_only True", "resume_model_only does nothing"),
+        ("--init_from {bagel} --finetune_from_ema True", "finetune_from_ema does nothing beside init_from"),
+        ("--init_from {bagel} --resume_model_only True", "resume_model_only does nothing beside init_from"),
+        ("--init_from {bagel} --model_path {complete}", "model_path does nothing beside init_from"),
+        ("--init_from {bagel} --finetune_from_hf True", "finetune_from_hf does nothing beside init_from"),
+        ("--init_from {bagel} --llm_path x --copy_init_moe False", "llm_path, copy_init_moe: no effect"),
+        ("--resume_from {complete} --init_weights ema", "init_weights: no effect"),
+        ("--init_from {bagel} --resume_data False", "resume_data False: no effect"),
+    ],
+)
+def test_loading_flags_that_do_nothing_say_so(folders, flags, note):
+    assert plan_loading(load_config(flags.format(**folders).split())).describe().count(note) == 1
+
+
+def test_configs_beside_init_from_come_from_a_given_model_path_only(folders):
+    flags = ["--init_from", folders["checkpoint"], "--finetune_from_hf", "True"]
+    assert plan_loading(load_config(flags)).configs_from == folders["checkpoint"]
+    plan = plan_loading(load_config([*flags, "--model_path", folders["bagel"]]))
+    assert (plan.init_from, plan.configs_from) == (folders["checkpoint"], folders["bagel"])
 
 
 # ------------------------------------------------------------ files and documentation

@@ -84,6 +84,9 @@ class TrainingArguments:
     resume_model_only: bool = _flag(False, "take only the weights of resume_from; same as init_from")
     finetune_from_ema: bool = _flag(False, "with resume_model_only: take its EMA weights; same as init_weights ema")
     finetune_from_hf: bool = _flag(False, "configs, tokenizer and VAE come from model_path instead of from parts")
+    resume_data: bool = _flag(
+        True, "on resume continue the data stream; False begins it anew but keeps weights, optimiser and step"
+    )
     init_from: str | None = _flag(None, "BAGEL folder or checkpoint whose weights a new run starts from")
     init_weights: str = _flag(
         "auto", "which weights of init_from: auto (EMA if there), ema, model, or random (its architecture only)"
@@ -153,6 +156,7 @@ OWN_FLAGS = frozenset(
         "max_bad_row_share",
         "wandb",
         "tensorboard",
+        "resume_data",
         "init_from",
         "init_weights",
         "keep_last_n",
@@ -189,12 +193,14 @@ class RunConfig:
 
     Attributes:
         given: settings that were stated rather than defaulted → where (a YAML file or "command line").
+        overruled: settings of a YAML file that the command line put out of force by another one → that file.
     """
 
     model: ModelArguments = field(default_factory=ModelArguments)
     data: DataArguments = field(default_factory=DataArguments)
     training: TrainingArguments = field(default_factory=TrainingArguments)
     given: dict[str, str] = field(default_factory=dict)
+    overruled: dict[str, str] = field(default_factory=dict)
 
     def items(self) -> Iterator[tuple[str, Any]]:
         """Every (flag, value), flat."""

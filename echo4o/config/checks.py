@@ -139,6 +139,8 @@ def _without_effect(config: RunConfig, values: dict) -> list[str]:
         notes.append(
             "freeze_vae False: no effect, images are encoded without gradients (upstream's VAE never trains either)"
         )
+    if values["freeze_vit"] and not values["visual_und"]:
+        notes.append("freeze_vit: no effect with visual_und False, there is no vision encoder")
     if not values["wandb"] and (idle := [name for name in _WANDB if name in given]):
         notes.append(f"{', '.join(idle)}: no effect without --wandb True")
     if not values["num_workers"] and "prefetch_factor" in given:

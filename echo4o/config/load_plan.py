@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from echo4o.config.arguments import RunConfig
+from echo4o.config.arguments import ModelArguments, RunConfig
 from echo4o.config.errors import ConfigError
 
+MODEL_PATH = ModelArguments.model_path
+_PARTS = ("llm_path", "vit_path", "vae_path", "copy_init_moe")
 INIT_WEIGHTS = ("auto", "ema", "model", "random")
 
 
@@ -62,10 +64,28 @@ def plan_loading(config: RunConfig, newest: str | Path | None = None) -> LoadPla
         note = "auto_resume: found a checkpoint; the settings that choose a start are not used"
         return LoadPlan(resume_from=str(newest), configs_from=str(newest), notes=(note,))
     notes = ["auto_resume: no checkpoint yet, a new start"] if training.auto_resume else []
+    notes += [
+        f"{name} of {file} gives way to the command line's {'init_from' if name == 'resume_from' else 'resume_from'}"
+        for name, file in config.overruled.items()
+    ]
     plan = _own_verbs(config) if training.init_from else _upstream_flags(config)
     for path in (plan.init_from, plan.resume_from, plan.configs_from):
         _require_folder(config, path)
-    return replace(plan, notes=(*notes, *plan.notes))
+    return replace(plan, notes=(*notes, *plan.notes, *_idle_settings(config, plan)))
+
+
+def _idle_settings(config: RunConfig, plan: LoadPlan) -> list[str]:
+    """Stated settings that belong to another kind of start than the plan's."""
+    defaults, values = dict(RunConfig().items()), dict(config.items())
+    changed = {name for name in config.given if values[name] != defaults[name]}
+    notes = []
+    if plan.from_parts is None and (idle := [name for name in _PARTS if name in changed]):
+        notes.append(f"{', '.join(idle)}: no effect, nothing is assembled from parts")
+    if plan.resume_from and (idle := [name for name in ("init_weights",) if name in changed]):
+        notes.append(f"{', '.join(idle)}: no effect, resume_from continues with its own weights")
+    if not plan.resume_from and not config.training.resume_data and not config.training.auto_resume:
+        notes.append("resume_data False: no effect on a new start")
+    return notes
 
 
 def _own_verbs(config: RunConfig) -> LoadPlan:
@@ -74,13 +94,22 @@ def _own_verbs(config: RunConfig) -> LoadPlan:
         raise ConfigError(
             f"both init_from ({config.source('init_from')}) and resume_from ({config.source('resume_from')}) are set. "
             "Keep init_from to start a new run from weights, or resume_from to continue one "
-            "(auto_resume True does the first, then the second)."
+            "(auto_resume True does the first, then the second): clear the other with --resume_from none or "
+            "--init_from none."
         )
-    configs_from = config.model.model_path if training.finetune_from_hf else training.init_from
+    idle = [name for name in ("resume_model_only", "finetune_from_ema") if getattr(training, name)]
+    notes = [f"{name} does nothing beside init_from; init_weights chooses" for name in idle]
+    configs_from = training.init_from
+    if training.finetune_from_hf and "model_path" in config.given:
+        configs_from = config.model.model_path
+    elif training.finetune_from_hf:
+        notes.append("finetune_from_hf does nothing beside init_from unless model_path is given")
+    elif "model_path" in config.given and config.model.model_path not in (MODEL_PATH, training.init_from):
+        notes.append("model_path does nothing beside init_from without finetune_from_hf True")
     if training.init_weights == "random":
-        return LoadPlan(configs_from=configs_from)
+        return LoadPlan(configs_from=configs_from, notes=tuple(notes))
     weights = None if training.init_weights == "auto" else training.init_weights
-    return LoadPlan(init_from=training.init_from, init_weights=weights, configs_from=configs_from)
+    return LoadPlan(init_from=training.init_from, init_weights=weights, configs_from=configs_from, notes=tuple(notes))
 
 
 def _upstream_flags(config: RunConfig) -> LoadPlan:

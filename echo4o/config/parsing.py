@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from echo4o.config.errors import ConfigError
 PARTS = {"model": ModelArguments, "data": DataArguments, "training": TrainingArguments}
 COMMAND_LINE = "command line"
 _TRUE, _FALSE = ("true", "yes", "y", "t", "1"), ("false", "no", "n", "f", "0")
+_NONE = ("none", "null", "")
 
 
 def load_config(
@@ -61,6 +63,7 @@ def load_config(
         flags |= {_known_name(name, "overrides"): value for name, value in overrides.items()}
     values |= flags
     given.update((name, COMMAND_LINE) for name in flags)
+    overruled = _overrule_start(values, given)
     parts = {
         title: kind(
             **{
@@ -71,7 +74,21 @@ def load_config(
         )
         for title, kind in PARTS.items()
     }
-    return _follow_max_num_tokens(RunConfig(**parts, given=given))
+    return _follow_max_num_tokens(RunConfig(**parts, given=given, overruled=overruled))
+
+
+def _overrule_start(values: dict[str, Any], given: dict[str, str]) -> dict[str, str]:
+    """Of a start in the YAML and another on the command line the latter counts; returns what was dropped → its file."""
+    starts = [name for name in ("init_from", "resume_from") if _is_set(values.get(name))]
+    if len({given[name] for name in starts}) < 2:
+        return {}
+    (dropped,) = (name for name in starts if given[name] != COMMAND_LINE)
+    del values[dropped]
+    return {dropped: given.pop(dropped)}
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and str(value).lower() not in _NONE
 
 
 def _follow_max_num_tokens(config: RunConfig) -> RunConfig:
@@ -120,7 +137,7 @@ def convert(name: str, value: Any, source: str) -> Any:
     kind, optional = _TYPES[name]
     if value is None and optional:
         return None
-    if isinstance(value, str) and optional and value.lower() in ("none", "null", ""):
+    if isinstance(value, str) and optional and value.lower() in _NONE:
         return None
     text = str(value).strip()
     if kind is bool:
@@ -133,13 +150,13 @@ def convert(name: str, value: Any, source: str) -> Any:
         try:
             # 1e3 and 1_000.0 are fine as integers, 0.5 is not.
             number = float(text)
-            if kind is float:
+            if kind is float and math.isfinite(number):
                 return number
             if number.is_integer():
                 return int(text) if text.lstrip("+-").replace("_", "").isdigit() else int(number)
         except (ValueError, OverflowError):
             pass
-    expected = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[kind]
+    expected = {bool: "True or False", int: "a whole number", float: "a finite number", str: "text"}[kind]
     raise ConfigError(f"{name} must be {expected}, not {value!r} ({source})")
 
 
