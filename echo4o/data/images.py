@@ -161,7 +161,7 @@ def _opened(source: ImageData, pixel_limit: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise RowError("image missing", detail=str(source)) from error
+        raise RowError("image missing", detail=_describe(source)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RowError("image too large", detail=f"{_describe(source)}: {error}") from error
     except UnidentifiedImageError as error:
@@ -188,4 +188,9 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _describe(source: ImageData) -> str:
-    return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    return f"{len(source)} bytes" if isinstance(source, bytes) else printable(str(source))
+
+
+def printable(text: str) -> str:
+    """Text that any log can take: lone surrogates, which UTF-8 cannot encode, are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()

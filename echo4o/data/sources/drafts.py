@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-from echo4o.data.errors import RowError
-from echo4o.data.images import DEFAULT_PIXEL_LIMIT, ImageTransform, open_image, probe_size, to_tensor
+from echo4o.data.errors import DataError, RowError
+from echo4o.data.images import DEFAULT_PIXEL_LIMIT, ImageTransform, open_image, printable, probe_size, to_tensor
 from echo4o.data.positions import check_grid
 from echo4o.data.sample import Sample, Segment
 from echo4o.data.sources.base import Limits
@@ -23,6 +23,19 @@ from echo4o.data.tokenizer import Tokenizer
 NUM_MARKERS = 2
 #: No image file is smaller than this in base64; a shorter text is a path.
 _MIN_BASE64 = 48
+#: Longest path of common file systems; no longer text is worth looking up.
+_MAX_PATH = 4096
+
+
+def unreadable_row(error: Exception) -> RowError:
+    """What no one foresaw about a row, as a bad row."""
+    message = printable(str(error))
+    return RowError("row unreadable", detail=f"{type(error).__name__}: {message}" if message else type(error).__name__)
+
+
+def _from_base64(text: str) -> bytes:
+    """Raises ValueError (binascii.Error, or plain for characters beyond ASCII) if it is no base64."""
+    return base64.b64decode("".join(text.split()), validate=True)
 
 
 class Picture(Protocol):
@@ -72,34 +85,46 @@ class PictureReader:
         if isinstance(value, bytes | bytearray | memoryview):
             return bytes(value)
         if isinstance(value, str) and value:
-            return self._embedded(value) or self.path(value)
+            return self._from_text(value)
         if value is None or value == "":
             raise RowError("image missing", detail="the row holds no bytes and no path")
         raise RowError("wrong column type", detail=f"an image is {type(value).__name__}, not bytes or a path")
 
-    @staticmethod
-    def _embedded(text: str) -> bytes | None:
-        """Bytes of a data URL or base64 text; None for a path (which is short or has a dot, base64 neither)."""
-        is_url = text.startswith("data:")
-        if not is_url and (len(text) < _MIN_BASE64 or "." in text):
-            return None
-        try:
-            return base64.b64decode("".join(text.partition(",")[2].split() if is_url else text.split()), validate=True)
-        except binascii.Error as error:
-            if is_url:
+    def _from_text(self, text: str) -> bytes | Path:
+        """A data URL or base64 text is decoded; what is short, has a dot or names an existing file is a path."""
+        if text.startswith("data:"):
+            try:
+                return _from_base64(text.partition(",")[2])
+            except ValueError as error:
                 raise RowError("image unreadable", detail=f"broken data URL: {error}") from error
-            return None
+        if len(text) < _MIN_BASE64 or "." in text:
+            return self.path(text)
+        if len(text) <= _MAX_PATH:
+            with contextlib.suppress(OSError):  # not even a possible file name
+                existing = self._existing(text)
+                if existing is not None:
+                    return existing
+        data = b""
+        with contextlib.suppress(ValueError):  # not base64
+            data = _from_base64(text)
+        return data or self.path(text)
 
     def path(self, text: str) -> Path:
         """First existing candidate for a path; the plain one if none exists."""
+        try:
+            return self._existing(text) or self._candidates(text)[0]
+        except OSError as error:
+            raise RowError("image missing", detail=f"{text[:80]}…: {error.strerror}") from error
+
+    def _existing(self, text: str) -> Path | None:
+        return next((candidate for candidate in self._candidates(text) if candidate.exists()), None)
+
+    def _candidates(self, text: str) -> list[Path]:
         path = Path(text)
         candidates = [folder / text.lstrip("/") for folder in self.folders]
         if path.is_absolute() or not candidates:
             candidates.insert(0, path)
-        try:
-            return next((candidate for candidate in candidates if candidate.exists()), candidates[0])
-        except OSError as error:
-            raise RowError("image missing", detail=f"{text[:80]}…: {error.strerror}") from error
+        return candidates
 
 
 @dataclass(frozen=True)
@@ -190,6 +215,10 @@ class SampleLoader:
             segments = tuple(self._segment(draft) for draft in self.drafts)
         except RowError as error:
             raise error.at(self.file, self.row) from error
+        except DataError:
+            raise
+        except Exception as error:  # one odd row among millions must be counted, not end the run
+            raise unreadable_row(error).at(self.file, self.row) from error
         finally:
             self._tensors.clear()
             self._decoded.clear()

@@ -62,7 +62,7 @@ class JsonlRows:
             values = json.loads(line)
         except OSError as error:
             raise RowError("jsonl unreadable", detail=str(error)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
             raise RowError("invalid json", detail=str(error)) from error
         if not isinstance(values, dict):
             raise RowError("invalid json", detail=f"the line holds a {type(values).__name__}, not an object")

@@ -11,10 +11,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from echo4o.data.errors import RowError
+from echo4o.data.errors import DataError, RowError
 from echo4o.data.images import DEFAULT_PIXEL_LIMIT
 from echo4o.data.sources.base import Address, RowPlan, item_seed
-from echo4o.data.sources.drafts import PictureReader, SampleLoader, SegmentDraft
+from echo4o.data.sources.drafts import PictureReader, SampleLoader, SegmentDraft, unreadable_row
 from echo4o.data.sources.order import EpochOrder
 
 
@@ -110,6 +110,10 @@ class GroupRows:
             drafts = self._planner.draft(values, self._picture_reader(data_set, index), random.Random(seed))
         except RowError as error:
             raise error.at(file, row) from error
+        except DataError:
+            raise
+        except Exception as error:  # one odd row among millions must be counted, not end the run
+            raise unreadable_row(error).at(file, row) from error
         num_tokens = sum(draft.num_tokens for draft in drafts)
         load = SampleLoader(drafts, seed, data_set.name, file, row)
         return RowPlan(address, num_tokens, seed, f"{file}:{row}", data_set.name, load, tuple(drafts))
