@@ -1,6 +1,8 @@
 """Multi-reference rows: upstream's parquet, native JSONL, and the options beyond upstream."""
 
 import base64
+import json
+import logging
 import pickle
 
 import pyarrow as pa
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from echo4o.data.errors import DataError, RowError
 from echo4o.data.sources.base import Address, item_seed
-from echo4o.data.sources.references import renumber, split_inline
+from echo4o.data.sources.references import names_beyond, renumber, split_inline, surely_renumbered
 from tests.data.rows_on_disk import (
     all_plans,
     build_group,
@@ -216,6 +218,104 @@ def test_inline_lays_every_reference_down_once(num_references, pieces):
     assert sorted(part for part in parts if isinstance(part, int)) == list(range(num_references))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the cat of the first image and the dog of the second one",
+        "the cat from image 1 and the hat from 2",
+        "the second-to-last image",
+        "the first and second images",
+        "Use the 1st and 2nd images",
+        "image one and image two",
+        "image A and image B",
+        "subject 1 beside subject 2",
+        "the first two images",
+        "images 1-2",
+        "put A on B",
+        "B's hat on the dog of image 1",
+        "the sofa of image 1 with the latter",
+        "both cats, respectively",
+        "the next image",
+        "图一和图二",
+        "第一张图",
+        "image 3",
+    ],
+)
+def test_doubtful_instructions_are_not_renumbered(text):
+    assert surely_renumbered(text, [2, 1]) is None
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("the cat of image 1 on the sofa of image 2", "the cat of image 2 on the sofa of image 1"),
+        ("A cat like in <image> and <image>", "A cat like in <image 2> and <image 1>"),
+        ("images 1 and 2 into one image, 512 px, 4K, 3D", "images 2 and 1 into one image, 512 px, 4K, 3D"),
+        (
+            "I want the last image in the style of the first image",
+            "I want the first image in the style of the second image",
+        ),
+        ("the cat beside the sofa", "the cat beside the sofa"),
+        ("图1和图2", "图2和图1"),
+    ],
+)
+def test_instructions_that_are_surely_understood(text, expected):
+    assert surely_renumbered(text, [2, 1]) == expected
+
+
+def test_shuffling_keeps_the_given_order_where_the_instruction_is_doubtful(tmp_path, caplog):
+    text = "the cat of the first image and the dog of the second one"
+    source = multi_ref(tmp_path, [row_of(2, text)] * 12, settings={"shuffle_references": True})
+    with caplog.at_level(logging.DEBUG, "echo4o"):
+        shapes = [shape_of(source.plan(0, position).load()) for position in range(12)]
+    assert {tuple(content for _, content, *_ in shape) for shape in shapes} == {(10, 10, 20, 20, text, 200)}
+    assert "given order kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text, beyond",
+    [
+        ("image 1 and image 2", True),
+        ("images 1 and 2", True),
+        ("<image> and <image>", True),
+        ("the last image", True),
+        ("the second one", True),
+        ("the other image", True),
+        ("图二", True),
+        ("image 1 at 512 px", False),
+        ("the first image as one picture", False),
+        ("mix them", False),
+    ],
+)
+def test_truncation_refuses_instructions_that_name_a_removed_reference(tmp_path, text, beyond):
+    assert names_beyond(text, 1, 2) is beyond
+    settings = {"max_refs": 1, "max_refs_policy": "truncate"}
+    source = multi_ref(tmp_path, [row_of(2, text)], settings=settings)
+    if not beyond:
+        assert [c for kind, c, *_ in shape_of(source.plan(0, 0).load()) if kind == "vae_image"] == [10, 200]
+        return
+    with pytest.raises(RowError) as caught:
+        source.plan(0, 0)
+    assert caught.value.reason == "instruction names a removed reference"
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("text", ["<image 3> on <image 1>", "<image> <image> <image>", "<image 0>"])
+def test_inline_placeholders_beyond_the_references_are_bad_rows(tmp_path, text, shuffle):
+    settings = {"inline_references": True, "shuffle_references": shuffle}
+    with pytest.raises(RowError) as caught:
+        multi_ref(tmp_path, [row_of(2, text)], settings=settings).plan(0, 0)
+    assert caught.value.reason == "placeholder without image"
+
+
+def test_pixel_budgets_as_a_mapping(tmp_path):
+    images = [encoded(96, 96, value=10)] * 5
+    rows = [{"image_list": [*images[:n], encoded(96, 96)], "instruction_list": [["x"]]} for n in (1, 2, 3, 4, 5)]
+    source = multi_ref(tmp_path, rows, settings={"max_pixels_by_num_refs": {4: 1024, 2: 4096}})
+    first_sides = [plan.load().segments[0].image.shape[1] for plan in all_plans(source)]
+    assert first_sides == [64, 64, 64, 32, 32]
+
+
 # --- order, identity, bad rows --------------------------------------------------------------------------------------
 
 
@@ -256,6 +356,111 @@ def test_bad_rows_say_what_and_where(tmp_path, row, reason):
     source.locate(Address("multi_ref", 0, 0)).load()
 
 
+def jsonl_source(tmp_path, lines, **settings):
+    for name, value in [("a.png", 10), ("c.png", 200)]:
+        (tmp_path / name).write_bytes(encoded(value=value))
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    )
+    return build_group(tmp_path, "multi_ref", {"jsonl_path": "rows.jsonl"}, settings=settings).source
+
+
+def native_row(**columns):
+    return {"instruction": "x", "input_images": ["a.png"], "output_image": "c.png", **columns}
+
+
+def reason_of(source):
+    with pytest.raises(RowError) as caught:
+        source.plan(0, 0)
+    assert caught.value.where.endswith(("rows.jsonl:0", "a.parquet:0"))
+    str(caught.value).encode()  # every log can take it
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (native_row(input_images=["é" * 60]), "image missing"),
+        (native_row(input_images=["é" * 200]), "image missing"),
+        (native_row(input_images=["d" * 301]), "image missing"),
+        (native_row(input_images=["data:image/png;base64,é"]), "image unreadable"),
+        (native_row(input_images=["a\x00b.png"]), "image unreadable"),
+        (native_row(input_images=["\ud800.png"]), "image unreadable"),
+        ('{"instruction": ' + "[" * 100_000, "invalid json"),
+        (native_row(input_images=json.loads("[" * 500 + "]" * 500)), "wrong column type"),
+    ],
+)
+def test_odd_rows_are_counted_instead_of_ending_the_run(tmp_path, line, reason):
+    assert reason_of(jsonl_source(tmp_path, [line])) == reason
+
+
+def test_an_instruction_that_no_tokenizer_takes_is_a_bad_row(tmp_path, monkeypatch):
+    def encode(self, text):
+        text.encode()  # fails on lone surrogates, as tokenizers written in Rust do
+        return [0]
+
+    monkeypatch.setattr("tests.data.rows_on_disk.CharTokenizer.encode", encode)
+    source = jsonl_source(tmp_path, [native_row(instruction="a \ud800 b")])
+    assert reason_of(source) == "row unreadable"
+
+
+def test_unforeseen_errors_while_decoding_are_bad_rows_but_data_errors_stop(tmp_path, monkeypatch):
+    plan = jsonl_source(tmp_path, [native_row()]).plan(0, 0)
+    outcomes = []
+    for error in (IndexError("odd"), DataError("stop")):
+
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr("echo4o.data.sources.drafts.open_image", fail)
+        with pytest.raises((RowError, DataError)) as caught:
+            plan.load()
+        outcomes.append(str(caught.value))
+    assert outcomes == [f"{tmp_path}/rows.jsonl:0: row unreadable: IndexError: odd", "stop"]
+
+
+def test_a_path_that_is_also_base64_is_a_path_where_the_file_exists(tmp_path):
+    name = "images/" + "a" * 57
+    (tmp_path / "images").mkdir()
+    (tmp_path / name).write_bytes(encoded(value=30))
+    assert len(base64.b64decode(name, validate=True)) == 48
+    sample = jsonl_source(tmp_path, [native_row(input_images=[name])]).plan(0, 0).load()
+    assert shape_of(sample)[0][1] == 30
+
+
+# --- rows without references --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "columns", [{"input_images": []}, {"input_images": None}, {"input_images": None, "reference_images": ["a.png"]}]
+)
+def test_a_row_without_references_is_bad(tmp_path, columns):
+    source = jsonl_source(tmp_path, [native_row(**columns)])
+    assert reason_of(source) == "no references"
+    with pytest.raises(RowError, match="columns with values: instruction, .*output_image"):
+        source.plan(0, 0)
+
+
+def test_rows_without_references_are_an_option_but_misnamed_references_are_not(tmp_path):
+    target_only = {"image_list": [encoded(value=200)], "instruction_list": [["x"]]}
+    assert reason_of(multi_ref(tmp_path, [target_only])) == "no references"
+    allowed = multi_ref(tmp_path, [target_only], settings={"allow_no_references": True})
+    assert shape_of(allowed.plan(0, 0).load()) == [("text", "x", False, True), ("vae_image", 200, True, False)]
+    empty = jsonl_source(tmp_path, [native_row(input_images=[])], allow_no_references=True)
+    assert [content for _, content, *_ in shape_of(empty.plan(0, 0).load())] == ["x", 200]
+    misnamed = {"instruction": "x", "reference_images": ["a.png"], "output_image": "c.png"}
+    assert reason_of(jsonl_source(tmp_path, [misnamed], allow_no_references=True)) == "no references"
+
+
+def test_the_target_may_be_a_list_of_one(tmp_path):
+    sample = jsonl_source(tmp_path, [native_row(output_image=["c.png"])]).plan(0, 0).load()
+    assert [content for _, content, *_ in shape_of(sample)] == [10, 10, "x", 200]
+    for images in ([], ["c.png", "a.png"]):
+        source = jsonl_source(tmp_path, [native_row(output_image=images)])
+        with pytest.raises(RowError, match=f"output_image holds {len(images)} images; a row has one target"):
+            source.plan(0, 0)
+
+
 def test_wrong_column_types_and_missing_columns(tmp_path):
     for columns, reason in [
         ({"image_list": [1, 2], "instruction_list": "x"}, "wrong column type"),
@@ -292,6 +497,11 @@ def test_a_grid_beyond_the_position_table_is_a_bad_row(tmp_path):
         ({"noise_copies": 0}, "at least 1"),
         ({"vae_on_references": False, "vit_on_references": False}, "invisible"),
         ({"max_pixels_by_num_refs": [0]}, "positive"),
+        ({"max_pixels_by_num_refs": {1: 4096.0}}, "positive whole numbers"),
+        ({"max_pixels_by_num_refs": {"1": 4096}}, "positive whole numbers"),
+        ({"max_pixels_by_num_refs": {1: True}}, "positive whole numbers"),
+        ({"max_pixels_by_num_refs": 4096}, "a list or a mapping"),
+        ({"max_pixels_by_num_refs": {1: 4096, 2: 255}}, "below one patch of the image transforms, 256 pixels"),
         ({"image_transform_args": {"image_stride": 24, "max_image_size": 96, "min_image_size": 24}}, "multiple of 16"),
         ({"image_transform_args": {"image_strid": 16, "max_image_size": 96, "min_image_size": 24}}, "'image_stride'"),
     ],

@@ -65,11 +65,20 @@ def references_and_target(row: Mapping[str, Any]) -> tuple[list[Any], Any]:
     Raises:
         RowError: if the row has no images.
     """
-    _, target = first_of(row, OUTPUT_IMAGE)
+    name, target = first_of(row, OUTPUT_IMAGE)
     _, images = first_of(row, INPUT_IMAGES if target is not None else IMAGE_LIST)
     images = [] if images is None else as_list(images)
-    if target is None and images:
+    if isinstance(target, list | tuple):
+        if len(target) != 1:
+            raise RowError("wrong column type", detail=f"{name} holds {len(target)} images; a row has one target")
+        target = target[0]
+    elif target is None and images:
         *images, target = images
     if target is None:
-        raise RowError("no images", detail=f"columns with values: {', '.join(k for k in row if row[k] is not None)}")
+        raise RowError("no images", detail=columns_found(row))
     return images, target
+
+
+def columns_found(row: Mapping[str, Any]) -> str:
+    """For messages about rows that lack one."""
+    return f"columns with values: {', '.join(str(name) for name in row if row[name] is not None) or 'none'}"
