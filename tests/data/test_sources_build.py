@@ -121,6 +121,16 @@ def test_num_used_data_counts_lines(tmp_path):
     assert chosen != lines(num_used_data=[10], shuffle_lines=True, shuffle_seed=2)
 
 
+def test_num_used_data_counts_lines_of_a_folder_of_jsonl(tmp_path):
+    write_jsonl(tmp_path / "rows" / "a.jsonl", [{"caption": "x", "image": "a.png"}] * 4)
+    write_jsonl(tmp_path / "rows" / "b.jsonl", [{"caption": "x", "image": "a.png"}] * 4)
+
+    def length(**settings):
+        return len(build_group(tmp_path, "t2i_pretrain", {"data_dir": "rows"}, settings=settings).source)
+
+    assert [length(), length(num_used_data=[3]), length(num_used_data=[40])] == [8, 3, 40]
+
+
 def test_several_data_sets_are_one_position_space(tmp_path):
     write_parquet(tmp_path / "a" / "a.parquet", [caption_row("x")] * 5, row_group_size=2)
     write_jsonl(tmp_path / "b.jsonl", [{"caption": "y", "image": str(tmp_path / "y.png")}] * 3)
@@ -144,14 +154,39 @@ def test_a_group_may_have_a_name_of_its_own(tmp_path):
 # --- files that are empty or broken -------------------------------------------------------------------------------
 
 
+def write_shards(folder, num_good, empty=(), broken=()):
+    for number in range(num_good):
+        write_parquet(folder / f"good_{number}.parquet", [caption_row("x")] * 2)
+    for name in empty:
+        write_parquet(folder / f"{name}.parquet", [])
+    for name in broken:
+        (folder / f"{name}.parquet").write_bytes(b"PAR1 not really PAR1")
+
+
 def test_empty_and_broken_files_are_left_out_with_a_word(tmp_path, caplog):
-    write_parquet(tmp_path / "rows" / "good.parquet", [caption_row("x")] * 2)
-    write_parquet(tmp_path / "rows" / "no_rows.parquet", [caption_row("x")][:0] or [], schema=None)
+    write_shards(tmp_path / "rows", num_good=9, empty=["no_rows"], broken=["garbage"])
     (tmp_path / "rows" / "zero_bytes.parquet").touch()
-    (tmp_path / "rows" / "garbage.parquet").write_bytes(b"PAR1 not really PAR1")
     source = build_group(tmp_path, "t2i_pretrain", {"data_dir": "rows"}).source
-    assert rows_of(source) == ["good.parquet:0", "good.parquet:1"]
+    assert len(source) == 18
+    store = source._data_sets[0].store
+    assert (len(store.empty_files), len(store.unreadable_files), store.num_files) == (2, 1, 12)
     assert all(name in caplog.text for name in ("no_rows", "zero_bytes", "garbage"))
+    assert "3 of 12 files are left out: 2 without rows, 1 unreadable" in caplog.text
+
+
+def test_too_many_unreadable_files_stop_the_run(tmp_path):
+    write_shards(tmp_path / "rows", num_good=4, broken=["garbage"])
+    with pytest.raises(DataError, match="1 of 5 files are left out.*\n.*garbage.parquet"):
+        build_group(tmp_path, "t2i_pretrain", {"data_dir": "rows"})
+    assert len(build_group(tmp_path, "t2i_pretrain", {"data_dir": "rows"}, max_bad_file_share=0.2).source) == 8
+
+
+def test_a_minority_of_files_may_be_empty(tmp_path):
+    write_shards(tmp_path / "rows", num_good=2, empty=["a"])
+    assert len(build_group(tmp_path, "t2i_pretrain", {"data_dir": "rows"}).source) == 4
+    write_shards(tmp_path / "rows", num_good=0, empty=["b", "c"])
+    with pytest.raises(DataError, match="3 without rows"):
+        build_group(tmp_path, "t2i_pretrain", {"data_dir": "rows"})
 
 
 @pytest.mark.parametrize("name", ["empty.parquet", "empty.jsonl"])
@@ -210,6 +245,43 @@ def test_wrong_group_settings_name_the_fix(tmp_path, change, message):
     write_parquet(tmp_path / "rows" / "a.parquet", [caption_row("x")])
     with pytest.raises(DataError, match=message):
         build_group(tmp_path, "t2i_pretrain", {"data_dir": "rows"}, settings=change)
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("weight", "abc", "a number"),
+        ("weight", None, "a number"),
+        ("weight", True, "a number"),
+        ("weight", float("nan"), "a number"),
+        ("image_pixel_limit", "abc", "a positive whole number"),
+        ("num_used_data", 1.5, "a whole number"),
+        ("num_used_data", "1", "a whole number"),
+        ("num_used_data", [1.5], "a positive whole number"),
+        ("num_used_data", True, "a positive whole number"),
+        ("is_mandatory", "false", "true or false, without quotes"),
+        ("resume_data_status", 1, "true or false"),
+        ("shuffle_lines", "yes", "true or false"),
+        ("shuffle_seed", "a", "a whole number"),
+        ("noise_copies", 1.5, "a whole number"),
+        ("noise_copies", "2", "a whole number"),
+        ("max_refs", "3", "a whole number"),
+        ("inline_references", "false", "true or false, without quotes"),
+        ("image_transform_args.image_stride", 16.0, "a whole number"),
+        ("image_transform_args.max_image_size", "64", "a whole number"),
+        ("vit_image_transform_args.max_pixels", "1e6", "a whole number"),
+        ("image_transform_args.pixel_cap", 2, "text"),
+    ],
+)
+def test_values_of_a_wrong_type_name_key_value_and_what_is_expected(tmp_path, key, value, expected):
+    write_parquet(tmp_path / "rows" / "a.parquet", [caption_row("x")])
+    outer, _, inner = key.partition(".")
+    sizes = {"image_stride": 112, "max_image_size": 112, "min_image_size": 112}
+    settings = {outer: {**sizes, inner: value} if inner else value}
+    with pytest.raises(DataError) as caught:
+        build_group(tmp_path, "multi_ref", {"data_dir": "rows"}, settings=settings)
+    message = str(caught.value)
+    assert f"multi_ref.{key} in the dataset config must be {expected}" in message and repr(value).strip("[]") in message
 
 
 @pytest.mark.parametrize(

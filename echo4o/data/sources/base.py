@@ -126,6 +126,7 @@ class SourceContext:
         dataset_info: group → data set → paths, or a YAML/JSON file holding that; ``None`` where the YAML has it inline.
         visual_gen: the model has a generation branch (VAE images).
         visual_und: the model has an understanding branch; without it no ViT image is laid down.
+        max_bad_file_share: the run stops where more than this share of a data set's parquet files are unreadable.
     """
 
     tokenizer: Tokenizer
@@ -136,6 +137,7 @@ class SourceContext:
     dataset_info: Mapping[str, Any] | str | Path | None = None
     visual_gen: bool = True
     visual_und: bool = True
+    max_bad_file_share: float = 0.1
 
 
 @dataclass(frozen=True)

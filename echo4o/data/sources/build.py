@@ -22,6 +22,7 @@ from echo4o.data.sources.jsonl import JsonlRows
 from echo4o.data.sources.multi_ref import MultiRefOptions, MultiRefPlanner
 from echo4o.data.sources.parquet import ParquetRows
 from echo4o.data.sources.rows import DataSet, GroupRows, RowPlanner, RowStore
+from echo4o.data.sources.settings import boolean, check_type, share, whole, wrong
 from echo4o.data.sources.t2i import T2IPlanner
 from echo4o.data.sources.video import FrameSampler
 from echo4o.data.sources.vlm import VlmPlanner
@@ -46,6 +47,9 @@ _GROUP_KEYS = [
 # parquet_info_path and the two counts are accepted and not needed: the files' own footers tell the row groups.
 _ENTRY_KEYS = ["data_dir", "jsonl_path", "json_dir", "parquet_info_path", "num_files", "num_total_samples"]
 _MULTI_REF_KEYS = [field.name for field in dataclasses.fields(MultiRefOptions)]
+
+#: Empty shards are a common left-over of writers; a data set that is mostly empty is a mistake.
+_MAX_EMPTY_SHARE = 0.5
 
 # Upstream's shipped values, for groups that leave the transforms out.
 _VAE_TRANSFORM = {"image_stride": 16, "max_image_size": 1024, "min_image_size": 512}
@@ -106,18 +110,19 @@ class _GroupBuilder:
             self._data_set(kind, str(name), num_used, planner.columns)
             for name, num_used in zip(names, self._num_used(len(names)), strict=True)
         ]
-        pixel_limit = int(self.settings.get("image_pixel_limit", DEFAULT_PIXEL_LIMIT))
+        pixel_limit = self.settings.get("image_pixel_limit", DEFAULT_PIXEL_LIMIT)
+        pixel_limit = whole(pixel_limit, f"{self.name}.image_pixel_limit")
         rows = GroupRows(self.name, data_sets, planner, self.context.data_seed, pixel_limit)
-        weight = float(self.settings.get("weight", 0.0))
-        if weight < 0:
-            raise DataError(f"{self.name}.weight must not be negative: {weight}")
         return SourceGroup(
             self.name,
             rows,
-            weight,
-            is_mandatory=bool(self.settings.get("is_mandatory", False)),
-            resume_data_status=bool(self.settings.get("resume_data_status", True)),
+            share(self.settings.get("weight", 0.0), f"{self.name}.weight"),
+            is_mandatory=self._boolean("is_mandatory", False),
+            resume_data_status=self._boolean("resume_data_status", True),
         )
+
+    def _boolean(self, key: str, default: bool) -> bool:
+        return boolean(self.settings.get(key, default), f"{self.name}.{key}")
 
     def _planner(self, kind: str) -> RowPlanner:
         context = self.context
@@ -131,11 +136,19 @@ class _GroupBuilder:
         vae = self._transform("image", _VAE_TRANSFORM, context.limits.latent_downsample)
         if kind == "t2i_pretrain":
             return T2IPlanner(Drafter(context.tokenizer, context.limits, vae))
-        drafter = Drafter(context.tokenizer, context.limits, vae, self._vit("vit_image", _VIT_TRANSFORM))
+        vit = self._vit("vit_image", _VIT_TRANSFORM)
+        drafter = Drafter(context.tokenizer, context.limits, vae, vit)
         if kind == "unified_edit":
             return EditPlanner(drafter, context.visual_und)
-        options = {key: self.settings[key] for key in _MULTI_REF_KEYS if key in self.settings}
-        return MultiRefPlanner(drafter, _build(MultiRefOptions, options, self.name), context.visual_und)
+        settings = {key: self.settings[key] for key in _MULTI_REF_KEYS if key in self.settings}
+        options: MultiRefOptions = _build(MultiRefOptions, settings, self.name)
+        smallest = max(vae.image_stride, vit.image_stride) ** 2
+        if any(budget < smallest for budget in options.max_pixels_by_num_refs):
+            raise DataError(
+                f"{self.name}.max_pixels_by_num_refs is {settings['max_pixels_by_num_refs']}: a budget below one patch "
+                f"of the image transforms, {smallest} pixels, cannot be met"
+            )
+        return MultiRefPlanner(drafter, options, context.visual_und)
 
     def _vit(self, prefix: str, defaults: Mapping[str, int]) -> ImageTransform:
         return self._transform(prefix, defaults, self.context.limits.vit_patch_size)
@@ -157,13 +170,13 @@ class _GroupBuilder:
         return value
 
     def _num_used(self, num_names: int) -> list[int | None]:
-        used = self.settings.get("num_used_data")
+        used, place = self.settings.get("num_used_data"), f"{self.name}.num_used_data"
         used = [used] * num_names if used is None or isinstance(used, int) else used
+        if not isinstance(used, list):
+            raise wrong(used, place, "a whole number, or a list of one for each of dataset_names")
         if len(used) != num_names:
-            raise DataError(f"{self.name}.num_used_data has {len(used)} numbers for {num_names} dataset_names")
-        if any(number is not None and (not isinstance(number, int) or number < 1) for number in used):
-            raise DataError(f"{self.name}.num_used_data must hold positive numbers: {used}")
-        return used
+            raise DataError(f"{place} has {len(used)} numbers for {num_names} dataset_names")
+        return [None if number is None else whole(number, place) for number in used]
 
     def _data_set(self, kind: str, name: str, num_used: int | None, columns: Sequence[str]) -> DataSet:
         group = self.info.get(self.name, self.info.get(kind))
@@ -182,7 +195,11 @@ class _GroupBuilder:
         folders = self._paths(entry.get("data_dir"))
         store = self._store(place, entry, folders, num_used, columns)
         if not len(store):
-            raise DataError(f"{place} has no rows: {', '.join(map(str, folders)) or entry} holds only empty files")
+            raise DataError(
+                f"{place} has no rows: {', '.join(map(str, folders)) or entry} holds only empty or unreadable files"
+            )
+        if isinstance(store, ParquetRows):
+            _check_files(store, place, self.context.max_bad_file_share)
         _log.info("%s: %d rows in %d files", place, len(store), len(set(store.files)))  # type: ignore[attr-defined]
         return DataSet(name, store, next((folder for folder in folders if folder.is_dir()), None))
 
@@ -194,21 +211,25 @@ class _GroupBuilder:
         num_used: int | None,
         columns: Sequence[str],
     ) -> RowStore:
+        shuffled = self._boolean("shuffle_lines", False)
+        shuffle_seed = whole(self.settings.get("shuffle_seed", 0), f"{self.name}.shuffle_seed", at_least=0)
+        line_seed = shuffle_seed if shuffled else None
         lines = self._paths(entry.get("jsonl_path"))
         if lines or entry.get("json_dir"):
             lines = lines or _files(self._paths(entry["json_dir"]), ".jsonl")
-            shuffled = bool(self.settings.get("shuffle_lines", False))
-            seed = int(self.settings.get("shuffle_seed", 0)) if shuffled else None
-            return JsonlRows(_existing(lines, place), num_used, seed)
+            return JsonlRows(_existing(lines, place), num_used, line_seed)
         if not folders:
             raise DataError(f"{place} needs data_dir (parquet or JSONL files) or jsonl_path")
         parquet = _files(_existing(folders, place), ".parquet")
-        files = parquet or _files(folders, ".jsonl")
-        if not files:
+        lines = [] if parquet else _files(folders, ".jsonl")
+        if not parquet and not lines:
             raise DataError(f"{place}: no .parquet or .jsonl files in {', '.join(map(str, folders))}")
+        # As upstream: num_used_data counts files of parquet data, but lines of JSONL data.
+        if lines:
+            return JsonlRows(lines, num_used, line_seed)
         if num_used is not None:
-            files = [files[number % len(files)] for number in range(num_used)]
-        return ParquetRows(files, columns) if parquet else JsonlRows(files)
+            parquet = [parquet[number % len(parquet)] for number in range(num_used)]
+        return ParquetRows(parquet, columns)
 
     def _paths(self, value: Any) -> list[Path]:
         """Absolute paths; relative ones start at the folder of the file that names them."""
@@ -249,6 +270,9 @@ def _build(cls: type, values: Mapping[str, Any], place: str) -> Any:
     fields = dataclasses.fields(cls)
     for key in values:
         _check_key(key, [field.name for field in fields], f"{place}.{key}")
+    for field in fields:
+        if field.name in values:
+            check_type(values[field.name], str(field.type), f"{place}.{field.name}")
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
         raise DataError(f"{place} lacks {', '.join(missing)}")
@@ -264,6 +288,24 @@ def _check_key(key: Any, known: Iterable[str], what: str) -> None:
         return
     close = difflib.get_close_matches(str(key), names, n=1)
     raise DataError(f"unknown {what}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"))
+
+
+def _check_files(store: ParquetRows, place: str, max_bad_share: float) -> None:
+    """Raises DataError if too many files are unreadable, or most hold no rows."""
+    num_empty, num_unreadable, num_files = len(store.empty_files), len(store.unreadable_files), store.num_files
+    if not num_empty and not num_unreadable:
+        return
+    summary = (
+        f"{place}: {num_empty + num_unreadable} of {num_files} files are left out: {num_empty} without rows, "
+        f"{num_unreadable} unreadable"
+    )
+    _log.warning("%s", summary)
+    if num_unreadable > max_bad_share * num_files or num_empty > _MAX_EMPTY_SHARE * num_files:
+        first = (store.unreadable_files or store.empty_files)[0]
+        raise DataError(
+            f"{summary}.\n  At most {max_bad_share:.0%} may be unreadable and {_MAX_EMPTY_SHARE:.0%} without rows; "
+            f"the first one: {first}\n  Repair or remove these files."
+        )
 
 
 def _existing(paths: Sequence[Path], place: str) -> Sequence[Path]:

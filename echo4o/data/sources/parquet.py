@@ -25,7 +25,7 @@ class ParquetRows:
     """Random access to the rows of several parquet files, in the order given; a file may be listed repeatedly.
 
     Footers are read once, here, and travel with the object into worker processes. A file without rows or with an
-    unreadable footer is logged and left out.
+    unreadable footer is logged, left out, and kept in `empty_files` or `unreadable_files`.
 
     Args:
         files: parquet files.
@@ -35,8 +35,12 @@ class ParquetRows:
     def __init__(self, files: Sequence[Path], columns: Sequence[str]) -> None:
         distinct = list(dict.fromkeys(files))
         with ThreadPoolExecutor(min(_FOOTER_THREADS, len(distinct) or 1)) as pool:
-            group_lengths = dict(zip(distinct, pool.map(_row_group_lengths, distinct), strict=True))
-        self.files = [path for path in files if group_lengths[path]]
+            found = dict(zip(distinct, pool.map(_row_group_lengths, distinct), strict=True))
+        self.num_files = len(distinct)
+        self.unreadable_files = [path for path in distinct if found[path] is None]
+        self.empty_files = [path for path in distinct if found[path] == []]
+        group_lengths = {path: lengths for path, lengths in found.items() if lengths}
+        self.files = [path for path in files if path in group_lengths]
         self._columns = tuple(columns)
         self._units = [(path, group) for path in self.files for group in range(len(group_lengths[path]))]
         self.unit_lengths = [length for path in self.files for length in group_lengths[path]]
@@ -92,13 +96,16 @@ class ParquetRows:
         return {**self.__dict__, "_tables": OrderedDict()}
 
 
-def _row_group_lengths(path: Path) -> list[int]:
-    """Rows of each row group of a file; an empty list (and logged) if it has none or is unreadable."""
+def _row_group_lengths(path: Path) -> list[int] | None:
+    """Rows of each row group of a file; an empty list if it has none, None if it is unreadable (both logged)."""
     try:
+        if not path.stat().st_size:
+            _log.warning("skipping %s: it has zero bytes", path)
+            return []
         metadata = pq.read_metadata(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         _log.warning("skipping %s: not a readable parquet file (%s)", path, error)
-        return []
+        return None
     lengths = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     if not sum(lengths):
         _log.warning("skipping %s: it has no rows", path)
