@@ -82,6 +82,23 @@ def best_fit(sizes: Sequence[int], capacity: int, first_below: int = 0) -> list[
     return chosen
 
 
+def with_restarted_groups(state: dict[str, Any], num_rows: dict[str, int]) -> dict[str, Any]:
+    """A composer's state in which some groups stand at their beginning, with none of their rows waiting.
+
+    Args:
+        state: of `BatchComposer.state_dict`; left as it is.
+        num_rows: rows of each group to restart.
+    """
+    beginning = {name: {"rows": count, "epoch": 0, "spans": []} for name, count in num_rows.items()}
+    mixture = state["mixture"]
+    return {
+        **state,
+        "mixture": {**mixture, "groups": {**mixture["groups"], **beginning}},
+        "buffer": [waiting for waiting in state["buffer"] if waiting[0] not in num_rows],
+        "held_back": [waiting for waiting in state["held_back"] if waiting[0] not in num_rows],
+    }
+
+
 @dataclass(frozen=True)
 class _Waiting:
     row: GroupedRow
@@ -192,10 +209,11 @@ class BatchComposer:
             if num_tokens > pack.room:
                 raise RowError("longer than planned", detail=f"{num_tokens} tokens instead of {row.num_tokens}")
         except RowError as error:
-            self.mixture.ledger.count_bad(error, plan.row)
+            self.mixture.count_undecodable(row.row, error)
             return False
         finally:
             self._load_seconds += time.perf_counter() - started
+        self.mixture.count_decoded(row.row)
         pack.samples.append(sample)
         pack.room -= num_tokens
         pack.num_tokens += num_tokens
@@ -248,5 +266,5 @@ class BatchComposer:
         except RowError as error:
             raise DataError(
                 f"a row that the checkpoint's data stream still holds cannot be read any more: {error}\n"
-                "  Restore the data, or start a new data stream with --resume_model_only True."
+                "  Restore the data, or begin the data stream anew with --resume_data False."
             ) from error

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from echo4o.data.composition import BatchComposer, PackLimits
+from echo4o.data.composition import BatchComposer, PackLimits, with_restarted_groups
 from echo4o.data.errors import DataError
-from echo4o.data.mixture import Mixture
+from echo4o.data.mixture import Mixture, check_same_data, data_identity
 from echo4o.data.packing import Packer
 from echo4o.data.sources.base import SourceGroup
+from echo4o.data.workers import GRACE, SHORT_GRACE, close_at_exit, end_workers
 from echo4o.packed import PackedBatch
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class LoaderConfig(PackLimits):
         num_workers: processes a rank; 0 makes batches in the training process.
         prefetch_factor: batches that each worker prepares ahead.
         data_seed: order of the groups (the order of the rows is the sources').
-        max_bad_row_share: the run stops once more than this share of the rows read have failed.
+        max_bad_row_share: the run stops once more than this share of the rows that a worker read have failed, judged
+            from the thousandth row on (fewer where its share of the data is smaller).
         pin_memory: page-lock batches for faster copies to a GPU; ignored without one.
         worker_timeout: seconds to wait for a worker's batch before giving up; 0 waits for ever (a worker that died is
             noticed in any case).
@@ -182,6 +184,7 @@ class PackedLoader:
     def __next__(self) -> PackedBatch:
         if self._iterator is None:
             self._iterator = self._start()
+            close_at_exit(self)
         delivery, batch = self._take(self._iterator)
         stream = self.num_batches % self.config.num_streams
         self._states[stream] = delivery.state
@@ -218,7 +221,7 @@ class PackedLoader:
         except RuntimeError as error:
             if not any(words in str(error) for words in ("exited unexpectedly", "timed out", "is killed by signal")):
                 raise
-            self.close()
+            self._close(SHORT_GRACE)
             raise DataError(
                 f"a data worker died or hangs: {error}\n"
                 "  Killed processes mostly ran out of memory: pass a lower --num_workers, --prefetch_factor or "
@@ -231,8 +234,17 @@ class PackedLoader:
         return delivery, delivery.batch
 
     def close(self) -> None:
-        """Stop the worker processes. Iterating again continues after the last batch taken."""
-        self._iterator = None
+        """Stop the worker processes, those that hang too. Iterating again continues after the last batch taken."""
+        self._close(GRACE)
+
+    def _close(self, grace: float) -> None:
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            end_workers(iterator, grace)
+
+    def __del__(self) -> None:
+        if getattr(self, "_iterator", None) is not None:
+            self.close()
 
     def __enter__(self) -> PackedLoader:
         return self
@@ -256,6 +268,7 @@ class PackedLoader:
             "world_size": self.world_size,
             "num_streams": self.config.num_streams,
             "num_batches": self.num_batches,
+            "data": data_identity(self.groups, self.config.data_seed),
             "streams": copy.deepcopy(self._states),
             "counters": copy.deepcopy(self._counters),
         }
@@ -264,18 +277,24 @@ class PackedLoader:
         """Continue exactly after the batch at which the state was taken.
 
         Raises:
-            DataError: if the state is another rank's, or of another number of ranks or workers.
+            DataError: if the state is another rank's, of another number of ranks or workers, or of other data.
         """
         if state.get("version") != STATE_VERSION:
-            raise DataError(f"data state of version {state.get('version')}; this program reads version {STATE_VERSION}")
+            raise DataError(
+                f"data state of version {state.get('version')}; this program reads version {STATE_VERSION}. Begin the "
+                "data stream anew with --resume_data False"
+            )
         expected = {"rank": self.rank, "world_size": self.world_size, "num_streams": self.config.num_streams}
         found = {name: state[name] for name in expected}
         if found != expected:
             raise DataError(
                 f"the data state was saved with {found}, this loader has {expected}; resume with as many ranks and "
-                "--num_workers as before, or start a new data stream with --resume_model_only True"
+                "--num_workers as before, or begin the data stream anew with --resume_data False"
             )
+        check_same_data(state["data"], self.groups, self.config.data_seed)
+        restarted = {group.name: len(group.source) for group in self.groups if not group.resume_data_status}
         self.close()
         self.num_batches = state["num_batches"]
-        self._states = copy.deepcopy(state["streams"])
+        streams = copy.deepcopy(state["streams"])
+        self._states = [stream and with_restarted_groups(stream, restarted) for stream in streams]
         self._counters = copy.deepcopy(state["counters"])

@@ -10,24 +10,21 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from echo4o.data.errors import DataError, RowError
+from echo4o.data.ledger import FruitlessRows, RowLedger
 from echo4o.data.sources.base import Address, RowPlan, SourceGroup
 
 logger = logging.getLogger(__name__)
 
-TOO_LONG = "too_long"
-#: Consecutive unusable rows of a group after which the run stops even though not every row has been seen.
-MAX_FRUITLESS_ROWS = 50_000
-#: Each kind of skip is logged this often, then at 10, 100, 1,000, … occurrences.
-NUM_LOGGED_SKIPS = 5
-#: Rows read before the share of bad rows can stop the run (fewer where the data are smaller).
-MIN_ROWS_FOR_SHARE = 100
+
+def _row_of(plan: RowPlan) -> tuple[str, int]:
+    """The row whatever the epoch."""
+    return plan.address.source, plan.address.index
 
 
 @dataclass(frozen=True)
@@ -38,61 +35,47 @@ class GroupedRow:
     plan: RowPlan
 
 
-class RowLedger:
-    """Counts rows read, skipped and bad; logs them sparingly; stops the run when too many are bad.
+def data_identity(groups: Sequence[SourceGroup], data_seed: int) -> dict[str, Any]:
+    """JSON-able account of what determines a stream's rows and their order."""
+    return {
+        "data_seed": data_seed,
+        "groups": {
+            group.name: {"rows": len(group.source), "weight": group.weight, "is_mandatory": group.is_mandatory}
+            for group in groups
+        },
+    }
 
-    Args:
-        max_bad_row_share: of the rows read that may fail.
-        num_rows: rows of all groups together; the share is judged once min(100, num_rows) rows were read.
+
+def check_same_data(saved: dict[str, Any], groups: Sequence[SourceGroup], data_seed: int) -> None:
+    """Compare a checkpoint's `data_identity` with this run's. Other weights are logged and allowed: they change which
+    group comes next, but no row is read twice or lost. Groups with ``resume_data_status: false`` may have other rows.
+
+    Raises:
+        DataError: naming everything else that changed.
     """
-
-    def __init__(self, max_bad_row_share: float, num_rows: int) -> None:
-        self.max_bad_row_share = max_bad_row_share
-        self.min_rows = min(MIN_ROWS_FOR_SHARE, num_rows)
-        self.num_rows = 0
-        self.too_long = 0
-        self.bad: Counter[str] = Counter()
-
-    def count_read(self) -> None:
-        self.num_rows += 1
-
-    def count_too_long(self, plan: RowPlan, remedy: str) -> None:
-        self.too_long += 1
-        self._log(self.too_long, f"skipped {plan.row}: {plan.num_tokens} tokens; {remedy}")
-
-    def count_bad(self, error: RowError, row: str = "") -> None:
-        """Count a failed row. Raises DataError once more than max_bad_row_share of the rows have failed."""
-        self.bad[error.reason] += 1
-        self._log(self.bad[error.reason], f"skipped a bad row: {error if error.where else f'{row}: {error}'}")
-        num_bad = self.bad.total()
-        if self.num_rows >= self.min_rows and num_bad > self.max_bad_row_share * self.num_rows:
-            raise DataError(
-                f"{num_bad} of {self.num_rows} rows read are bad, more than max_bad_row_share = "
-                f"{self.max_bad_row_share:g} allows: {self.summary()}.\n  The last one: {error}\n"
-                "  Repair or remove these rows, or pass a higher --max_bad_row_share."
+    before, now = saved["groups"], data_identity(groups, data_seed)["groups"]
+    changes = [] if saved["data_seed"] == data_seed else [f"data_seed was {saved['data_seed']} and is {data_seed}"]
+    changes += [f"group {name} is gone" for name in before if name not in now]
+    changes += [f"group {name} is new" for name in now if name not in before]
+    for group in groups:
+        if group.name not in before:
+            continue
+        was, found = before[group.name], now[group.name]
+        if was["rows"] != found["rows"] and group.resume_data_status:
+            changes.append(f"group {group.name} had {was['rows']} rows and has {found['rows']}")
+        if was["is_mandatory"] != found["is_mandatory"]:
+            changes.append(
+                f"is_mandatory of group {group.name} was {was['is_mandatory']} and is {found['is_mandatory']}"
             )
-
-    def summary(self) -> str:
-        counts = [f"{count} × {reason}" for reason, count in self.bad.most_common()]
-        if self.too_long:
-            counts.append(f"{self.too_long} × {TOO_LONG}")
-        return ", ".join(counts) or "none"
-
-    def counters(self) -> dict[str, int]:
-        """``rows`` read, ``too_long``, ``bad_rows`` and one ``bad: reason`` each."""
-        reasons = {f"bad: {reason}": count for reason, count in sorted(self.bad.items())}
-        return {"rows": self.num_rows, TOO_LONG: self.too_long, "bad_rows": self.bad.total(), **reasons}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.num_rows, TOO_LONG: self.too_long, "bad": dict(self.bad)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_rows, self.too_long, self.bad = state["rows"], state[TOO_LONG], Counter(state["bad"])
-
-    @staticmethod
-    def _log(count: int, message: str) -> None:
-        if count <= NUM_LOGGED_SKIPS or count == 10 ** (len(str(count)) - 1):
-            logger.warning("%s%s", message, "" if count < NUM_LOGGED_SKIPS else f" (no. {count}; most go unlogged)")
+        if was["weight"] != found["weight"]:
+            logger.warning("the weight of group %s was %g and is %g now", group.name, was["weight"], found["weight"])
+    if changes:
+        raise DataError(
+            "the checkpoint's data stream cannot go on, rows would repeat or get lost: "
+            f"{'; '.join(changes)}.\n"
+            "  Restore the dataset YAML, its data and --data_seed, or begin the data stream anew with "
+            "--resume_data False."
+        )
 
 
 class GroupCursor:
@@ -138,7 +121,7 @@ class GroupCursor:
         if state["rows"] != self.num_rows:
             raise DataError(
                 f"group {self.group.name} had {state['rows']} rows when the checkpoint was written and has "
-                f"{self.num_rows} now; restore the data, or start a new data stream with --resume_model_only True"
+                f"{self.num_rows} now; restore the data, or begin the data stream anew with --resume_data False"
             )
         self.epoch, self.spans = state["epoch"], [list(span) for span in state["spans"]]
 
@@ -169,10 +152,15 @@ class Mixture:
         self.consumer = consumer
         self.data_seed = data_seed
         self.max_num_tokens_per_sample = max_num_tokens_per_sample
-        self.ledger = RowLedger(max_bad_row_share, sum(len(group.source) for group in groups))
+        num_rows = sum(len(group.source) for group in groups if group.weight > 0 or group.is_mandatory)
+        self.ledger = RowLedger(max_bad_row_share, max(1, num_rows // num_consumers))
         self.num_draws = 0
         self.plan_seconds = 0.0
         self._cursors = {group.name: GroupCursor(group, consumer, num_consumers) for group in groups}
+        self._fruitless = {
+            name: FruitlessRows(name, cursor.num_rows, max_num_tokens_per_sample)
+            for name, cursor in self._cursors.items()
+        }
         self._weighted = [group.name for group in groups if group.weight > 0]
         total = sum(self.groups[name].weight for name in self._weighted)
         self._thresholds = list(accumulate(self.groups[name].weight / total for name in self._weighted))
@@ -218,8 +206,7 @@ class Mixture:
         return self._weighted[-1]
 
     def _next_usable(self, name: str) -> RowPlan:
-        cursor, fruitless = self._cursors[name], 0
-        seen: set[int | str] = set()
+        cursor, fruitless = self._cursors[name], self._fruitless[name]
         while True:
             epoch, position = cursor.advance()
             self.ledger.count_read()
@@ -227,20 +214,27 @@ class Mixture:
                 plan = cursor.group.source.plan(epoch, position)
             except RowError as error:
                 self.ledger.count_bad(error)
-                seen.add(error.where or position)
-            else:
-                if plan.num_tokens <= self.max_num_tokens_per_sample:
-                    return plan
-                self.ledger.count_too_long(plan, self._remedy(plan))
-                seen.add(plan.address.index)
-            fruitless += 1
-            if len(seen) >= cursor.num_rows or fruitless >= MAX_FRUITLESS_ROWS:
-                raise DataError(
-                    f"none of {fruitless} rows read in a row from group {name} could be used: "
-                    f"{self.ledger.summary()}.\n"
-                    f"  max_num_tokens_per_sample is {self.max_num_tokens_per_sample}: raise it (with max_num_tokens), "
-                    "or lower max_image_size or max_pixels in image_transform_args."
-                )
+                fruitless.not_planned(error.where or position, error)
+                continue
+            if plan.num_tokens <= self.max_num_tokens_per_sample:
+                fruitless.planned()
+                return plan
+            self.ledger.count_too_long(plan, self._remedy(plan))
+            fruitless.not_planned(_row_of(plan))
+
+    def count_decoded(self, row: GroupedRow) -> None:
+        """A row that was drawn has been decoded."""
+        self.ledger.count_good()
+        self._fruitless[row.group].decoded()
+
+    def count_undecodable(self, row: GroupedRow, error: RowError) -> None:
+        """A row that was drawn cannot be used after all.
+
+        Raises:
+            DataError: if too many rows are bad, or no row of the group can be used.
+        """
+        self.ledger.count_bad(error, row.plan.row)
+        self._fruitless[row.group].not_decoded(_row_of(row.plan), error)
 
     def _remedy(self, plan: RowPlan) -> str:
         return (
@@ -261,10 +255,10 @@ class Mixture:
         if set(state["groups"]) != set(self._cursors):
             raise DataError(
                 f"the checkpoint's data stream mixes {', '.join(sorted(state['groups']))}, this run "
-                f"{', '.join(sorted(self._cursors))}; use the same dataset YAML, or --resume_model_only True"
+                f"{', '.join(sorted(self._cursors))}; use the same dataset YAML, or begin the data stream anew with "
+                "--resume_data False"
             )
         self.num_draws = state["draws"]
         self.ledger.load_state_dict(state["ledger"])
         for name, cursor in self._cursors.items():
-            if cursor.group.resume_data_status:
-                cursor.load_state_dict(state["groups"][name])
+            cursor.load_state_dict(state["groups"][name])

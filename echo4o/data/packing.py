@@ -77,31 +77,50 @@ class PackingConfig:
         len2weight(1, self.ce_loss_reduction)
 
     @classmethod
-    def from_config(cls, config: PackingConfig | Mapping | object) -> PackingConfig:
-        """Read from a mapping or object with (some of) these fields; ``special_tokens`` may be nested."""
-        if isinstance(config, cls):
+    def from_config(
+        cls, config: PackingConfig | Mapping | object, special_tokens: Mapping | object | None = None
+    ) -> PackingConfig:
+        """Read from a mapping or object with (some of) these fields, such as a BagelConfig.
+
+        Args:
+            config: ``special_tokens`` may be nested in it, and ``vit_patch_size`` as ``vit.patch_size``.
+            special_tokens: mapping or object with the four token ids; goes before those of `config`.
+
+        Raises:
+            ValueError: if token ids are missing, or a value is wrong.
+        """
+        if isinstance(config, cls) and special_tokens is None:
             return config
 
         def read(source: object, name: str):
             return source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
 
-        special_tokens = read(config, "special_tokens")
         values = {}
+        if (patch_size := read(read(config, "vit"), "patch_size")) is not None:
+            values["vit_patch_size"] = patch_size
         for field in dataclasses.fields(cls):
-            for source in (config, special_tokens):
+            for source in (config, read(config, "special_tokens"), special_tokens):
                 if (value := read(source, field.name)) is not None:
                     values[field.name] = value
+        if values.get("latent_downsample") == 0:  # what a model without VAE says
+            del values["latent_downsample"]
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
-            raise ValueError(f"the packing config lacks {', '.join(missing)} (directly or under special_tokens)")
+            raise ValueError(
+                f"the packing config ({type(config).__name__}) lacks {', '.join(missing)}; give the ids in it, under "
+                "its special_tokens, or as second argument: Packer(config, special_tokens), with special_tokens = "
+                "echo4o.data.tokenizer.add_special_tokens(load_tokenizer(folder))"
+            )
         return cls(**values)
 
 
 class Packer:
     """Lays samples end to end. Accepts a PackingConfig or anything `PackingConfig.from_config` reads."""
 
-    def __init__(self, config: PackingConfig | Mapping | object) -> None:
-        self.config = PackingConfig.from_config(config)
+    def __init__(
+        self, config: PackingConfig | Mapping | object, special_tokens: Mapping | object | None = None
+    ) -> None:
+        self.config = PackingConfig.from_config(config, special_tokens)
         self._position_ids: dict[tuple[str, int, int], np.ndarray] = {}
 
     def pack(
@@ -115,13 +134,16 @@ class Packer:
         or noise, one shared position). A dropped image still advances the position by one; a dropped text does not.
 
         Args:
-            generator: seeds the samples that have no seed of their own.
+            generator: seeds the samples that have no seed of their own; without one their place in `samples` is
+                their seed, so that every such call draws the same.
 
         Raises:
             GridError: if an image exceeds the position table.
             BudgetError: if the pack is empty or longer than max_num_tokens.
         """
-        seeds = [_draw_seed(generator) if sample.seed is None else sample.seed for sample in samples]
+        seeds = [
+            _draw_seed(generator, place) if sample.seed is None else sample.seed for place, sample in enumerate(samples)
+        ]
         return self._lay_down(
             samples, [self.decide(sample.segments, seed) for sample, seed in zip(samples, seeds, strict=True)]
         )
@@ -228,11 +250,16 @@ def _splits(segments: Sequence[Segment], dropped: Sequence[bool]) -> list[list[i
     return [split for split in splits if split]
 
 
-def _draw_seed(generator: torch.Generator | np.random.Generator | random.Random | None) -> int:
+def _draw_seed(generator: torch.Generator | np.random.Generator | random.Random | None, default: int) -> int:
     if isinstance(generator, torch.Generator):
         return int(torch.randint(0, 2**63 - 1, (1,), generator=generator, device=generator.device))
     if isinstance(generator, np.random.Generator):
         return int(generator.integers(0, 2**63 - 1))
     if isinstance(generator, random.Random):
         return generator.getrandbits(63)
-    raise ValueError("samples without a seed need a generator: pack(samples, torch.Generator().manual_seed(0))")
+    if generator is None:
+        return default
+    raise TypeError(
+        f"the generator is of type {type(generator).__name__}; pass a torch.Generator, a numpy Generator, a "
+        "random.Random or None"
+    )

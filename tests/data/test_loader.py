@@ -1,5 +1,6 @@
 """Composition of packs, exact resumption, worker processes."""
 
+import dataclasses
 import itertools
 import json
 import random
@@ -201,6 +202,19 @@ def test_too_many_undecodable_rows_stop_the_run(num_workers):
     assert "Traceback" not in str(failure.value)
 
 
+@pytest.mark.parametrize("undecodable", [20, 12])
+def test_no_decodable_row_is_an_error_and_no_hang_even_if_all_may_be_bad(undecodable):
+    """Broken behind the header, alone or beside rows that already fail when they are planned."""
+    source = group("a", [30] * 20, bad_images=frozenset(range(undecodable)), bad_rows=frozenset(range(undecodable, 20)))
+    with pytest.raises(DataError, match=r"none of \d+ rows read in a row from group a.*image truncated"):
+        next(loader([source], max_bad_row_share=1.0))
+
+
+def test_one_decodable_row_among_many_is_enough():
+    stream = loader([group("a", [30] * 20, bad_images=frozenset(range(19)))], max_bad_row_share=1.0)
+    assert {row.split(":")[1] for _ in range(10) for row in next(stream).sample_rows} == {"19"}
+
+
 def test_all_rows_too_long_is_an_error_and_no_hang():
     with pytest.raises(DataError, match="max_num_tokens_per_sample"):
         next(loader([group("a", [70] * 20)]))
@@ -270,12 +284,66 @@ def test_every_row_exactly_once_an_epoch_over_all_consumers(world_size, num_work
 
 def test_a_state_of_another_shape_is_refused():
     state = loader(groups()).state_dict()
-    with pytest.raises(DataError, match="--num_workers"):
+    with pytest.raises(DataError, match=r"--num_workers.*--resume_data False"):
         loader(groups(), num_workers=2).load_state_dict(state)
-    with pytest.raises(DataError, match="ranks"):
+    with pytest.raises(DataError, match=r"ranks.*--resume_data False"):
         loader(groups(), PACKER, 1, 2).load_state_dict(state)
-    with pytest.raises(DataError, match="version"):
+    with pytest.raises(DataError, match=r"version(.|\n)*--resume_data False"):
         loader(groups()).load_state_dict({**state, "version": 99})
+
+
+@pytest.mark.parametrize(
+    ("changed", "data_seed", "message"),
+    [
+        ([group("a", [9] * 5, 2.0), group("b", [9] * 4)], 43, "data_seed was 42 and is 43"),
+        ([group("a", [9] * 6, 2.0), group("b", [9] * 4)], 42, "group a had 5 rows and has 6"),
+        ([group("a", [9] * 5, 2.0)], 42, "group b is gone"),
+        ([group("a", [9] * 5, 2.0), group("b", [9] * 4), group("c", [9])], 42, "group c is new"),
+        ([group("a", [9] * 5, 2.0, True), group("b", [9] * 4)], 42, "is_mandatory of group a was False and is True"),
+    ],
+)
+def test_other_data_are_refused_on_resume(changed, data_seed, message):
+    stream = loader([group("a", [9] * 5, 2.0), group("b", [9] * 4)])
+    next(stream)
+    with pytest.raises(DataError, match=rf"{message}.*(.|\n)*--resume_data False"):
+        loader(changed, data_seed=data_seed).load_state_dict(json.loads(json.dumps(stream.state_dict())))
+
+
+def test_another_weight_is_logged_and_goes_on_without_losing_a_row(caplog):
+    stream = loader([group("a", [9] * 30, 2.0), group("b", [9] * 30)])
+    rows = list(next(stream).sample_rows)
+    restored = loader([group("a", [9] * 30, 0.5), group("b", [9] * 30)])
+    restored.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    assert "the weight of group a was 2 and is 0.5 now" in caplog.text
+    rows += [row for batch in itertools.islice(restored, 4) for row in batch.sample_rows]
+    assert len(set(rows)) == len(rows)
+
+
+def restarting(name, row_sizes, weight=1.0):
+    return dataclasses.replace(group(name, row_sizes, weight), resume_data_status=False)
+
+
+def test_a_group_that_does_not_resume_starts_at_its_beginning_with_none_of_its_rows_waiting():
+    """Its rows may even have changed; the other group goes on."""
+    stream = loader([group("a", [9] * 90), restarting("b", [9] * 90)])
+    taken = [row for batch in itertools.islice(stream, 4) for row in batch.sample_rows]
+    state = json.loads(json.dumps(stream.state_dict()))
+    assert any(waiting[0] == "b" for waiting in state["streams"][0]["buffer"])
+    fresh = restarting("b", [9] * 80)
+    restored = loader([group("a", [9] * 90), fresh])
+    restored.load_state_dict(state)
+    rows = [row for batch in itertools.islice(restored, 5) for row in batch.sample_rows]
+    read = fresh.source.orders[0].tolist()
+    of_b = [int(row.split(":")[1]) for row in rows if row.startswith("b/")]
+    assert of_b and set(of_b) <= set(read[: len(of_b) + LIMITS["max_buffer_size"]])
+    assert not {row for row in rows if row.startswith("a/")} & set(taken)
+
+
+def test_close_does_not_restart_a_group_that_does_not_resume():
+    stream = loader([restarting("a", [9] * 90)])
+    rows = list(next(stream).sample_rows)
+    stream.close()
+    assert not set(rows) & set(next(stream).sample_rows)
 
 
 def test_a_buffered_row_that_vanished_is_named():

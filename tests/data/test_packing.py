@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from echo4o.data.errors import GridError
 from echo4o.data.packing import BudgetError, Packer, PackingConfig, len2weight
 from echo4o.data.sample import Sample, Segment
+from echo4o.data.tokenizer import SpecialTokens
+from echo4o.model import BagelConfig
 
 EXTRA = ["moe", "dense", "vit_rope", "interpolate_pos", "tied", "no_qk_norm"]
 EXTRA += ["und_only", "gen_only", "timestep_shift", "ten_refs"]
@@ -299,8 +301,32 @@ def test_samples_without_seed_use_the_generator(make):
     first, again = packer.pack(samples, make()), packer.pack(samples, make())
     assert torch.equal(first.packed_timesteps, again.packed_timesteps)
     assert len(set(first.packed_timesteps.tolist())) == 3
-    with pytest.raises(ValueError, match="generator"):
-        packer.pack(samples)
+
+
+def test_samples_without_seed_and_generator_are_packed_the_same_every_time():
+    packer, samples = Packer(CONFIG), [multi_ref_sample(1, seed=None), multi_ref_sample(1, seed=None)]
+    first, again = packer.pack(samples), packer.pack(samples, None)
+    assert first.packed_timesteps.tolist() == again.packed_timesteps.tolist()
+    assert len(set(first.packed_timesteps.tolist())) == 3  # clean, and two samples with noise of their own
+    with pytest.raises(TypeError, match="generator"):
+        packer.pack(samples, 3)
+
+
+@pytest.mark.parametrize("as_mapping", [False, True])
+def test_a_model_config_packs_with_the_special_tokens_beside_it(parity, as_mapping):
+    folder = parity / "multiref"
+    config, tokens = BagelConfig.from_pretrained(folder), SpecialTokens(500, 501, 502, 503)
+    with pytest.raises(ValueError, match=r"BagelConfig.* lacks bos_token_id.*Packer\(config, special_tokens\)"):
+        Packer(config)
+    packer, samples, lists, tensors = load_case(folder)
+    ours = Packer(config, vars(tokens) if as_mapping else tokens)
+    assert ours.config == packer.config
+    assert torch.equal(ours.pack(samples).packed_text_ids, tensors["packed_text_ids"])
+
+
+def test_given_special_tokens_replace_those_of_the_config():
+    assert Packer(CONFIG, {"bos_token_id": 7}).config.bos_token_id == 7
+    assert Packer(CONFIG, {"bos_token_id": 7}).config.eos_token_id == CONFIG.eos_token_id
 
 
 def test_noise_copies_share_one_image_and_one_position():
