@@ -7,13 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+#: A number of updates after which nothing is left to correct, whatever the decay.
+WARMED_UP = 2**40
+
 
 class EMA:
     """``ema ← decay · ema + (1 − decay) · parameter`` after every update, as upstream.
 
     With `bias_correction` the average forgets the starting weights: after n updates it is the mean of the n parameter
     values with weights ``decay^(n−k)`` (Adam's correction), so that a short run with a slow decay still ends near its
-    own weights. The decay of update n is then ``decay · (1 − decay^(n−1)) / (1 − decay^n)``.
+    own weights. The decay of update n is then ``decay · (1 − decay^(n−1)) / (1 − decay^n)``. An average that was loaded
+    (`load_average`) is continued, not forgotten: the correction counts as over.
 
     Args:
         parameters: name → parameter of everything that trains (frozen tensors are their own average).
@@ -52,8 +56,10 @@ class EMA:
         torch._foreach_add_(averages, values, alpha=1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Start from other weights than the model's (an upstream ``ema.safetensors``); other names are ignored."""
+    def load_average(self, weights: Mapping[str, Tensor]) -> None:
+        """Continue an average (an upstream ``ema.safetensors``); names that do not train are ignored."""
+        # Saved with the checkpoint, and so kept on resume.
+        self.num_updates = max(self.num_updates, WARMED_UP)
         for name, value in weights.items():
             if name in self.shadow:
                 self.shadow[name].copy_(value)

@@ -11,8 +11,12 @@ from pathlib import Path
 from echo4o.checkpoint.weights import load_llm_part, load_vit_part
 from echo4o.config import ConfigError, LoadPlan, RunConfig
 from echo4o.model import Bagel, BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from echo4o.model.config import SCALAR_FILES
 from echo4o.model.pretrained import find_weights, read_shapes, shard_files
 from echo4o.model.vae import WEIGHTS_FILE, infer_config
+
+#: What a config file with unexpected content makes of reading it.
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 #: Flags that are named differently in the model's config.
 _CONFIG_NAMES = {"llm_qk_norm": "qk_norm"}
@@ -48,8 +52,8 @@ def architecture_of(plan: LoadPlan, config: RunConfig) -> BagelConfig:
         return folder_config(plan.configs_from, config)
     try:
         return parts_config(config)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"cannot assemble a model from parts: {error}") from error
+    except UNREADABLE as error:
+        raise ConfigError(f"cannot assemble a model from parts: {_reason(error)}") from error
 
 
 def initial_model(plan: LoadPlan, architecture: BagelConfig, config: RunConfig) -> InitialModel:
@@ -98,8 +102,8 @@ def folder_config(folder: str | Path, config: RunConfig) -> BagelConfig:
     training = config.training
     try:
         found = BagelConfig.from_pretrained(folder, freeze_und=False, timestep_shift=training.timestep_shift)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{folder} is not a usable model folder: {error}") from error
+    except UNREADABLE as error:
+        raise _unusable_folder(folder, error) from error
     _refuse_contradictions(folder, found, config)
     try:
         return BagelConfig.from_pretrained(
@@ -109,8 +113,25 @@ def folder_config(folder: str | Path, config: RunConfig) -> BagelConfig:
             visual_gen=found.visual_gen and training.visual_gen,
             visual_und=found.visual_und and training.visual_und,
         )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    except UNREADABLE as error:
+        raise _unusable_folder(folder, error) from error
+
+
+def _unusable_folder(folder: str | Path, error: Exception) -> ConfigError:
+    if isinstance(error, OSError):
+        return ConfigError(f"{folder} is not a usable model folder: {error}")
+    files = [name for name in ("llm_config.json", "vit_config.json", *SCALAR_FILES) if (Path(folder) / name).exists()]
+    return ConfigError(
+        f"{folder} is not a usable model folder: {_reason(error)}. It was read from {', '.join(files)}; "
+        "download them again, or correct them."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Where a file has a list for a mapping or lacks a key, Python's message alone says too little."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    return str(error) if isinstance(error, ValueError) else f"wrong content ({error})"
 
 
 def _refuse_contradictions(folder: str | Path, found: BagelConfig, config: RunConfig) -> None:

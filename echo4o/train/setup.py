@@ -139,7 +139,6 @@ def set_up(config: RunConfig) -> Run:
     _set_aside_later_checkpoints(run, plan)
     run.sinks = _build_sinks(run)
     if engine.rank == 0:
-        save_resolved(config, Path(training.results_dir) / CONFIG_FILE)
         print(_banner(run, plan, initial, groups), flush=True)
     return run
 
@@ -218,6 +217,11 @@ def _prepare(engine: Engine, model: Bagel, config: RunConfig) -> None:
             ),
         )
         model.set_attention_kernel(training.attention_kernel)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the model does not fit into the memory of {engine.device}: freeze parts (--freeze_und True, "
+            "--freeze_vit True, --visual_und False), or end what else uses the device"
+        ) from error
     except (KernelError, ValueError) as error:
         raise ConfigError(str(error)) from error
 
@@ -230,8 +234,10 @@ def _start_average(ema: EMA, plan: LoadPlan, initial: InitialModel) -> None:
     beside = path.with_name(path.name.replace("model.", "ema.", 1))
     if beside.exists():
         for name, tensor in iter_tensors(beside):
-            ema.load_weights({name: tensor})
+            ema.load_average({name: tensor})
         logger.info("EMA starts from %s", beside)
+        if ema.bias_correction:
+            logger.warning("ema_bias_correction: no effect, the average loaded from %s is continued", beside)
 
 
 def _schedule(config: RunConfig) -> Callable[[int], float]:
@@ -250,7 +256,10 @@ def _resume(run: Run, folder: str) -> None:
         progress = train_state.load(folder, run.engine, run.ema)
     except train_state.CheckpointError as error:
         raise ConfigError(str(error)) from error
-    run.loader.load_state_dict(progress.rank["data"])
+    if run.config.training.resume_data:
+        run.loader.load_state_dict(progress.rank["data"])
+    else:
+        logger.warning("resume_data False: the data begins anew; weights, EMA, optimiser and step are resumed")
     run.step = progress.step
     run.trainer_state = progress.trainer
 
@@ -283,6 +292,7 @@ def _build_sinks(run: Run) -> list[Sink]:
         return []
     sinks: list[Sink] = []
     try:
+        save_resolved(run.config, Path(training.results_dir) / CONFIG_FILE)
         sinks.append(MetricsFile(training.results_dir, run.step))
         if training.tensorboard:
             sinks.append(TensorBoardSink(training.results_dir, run.step))
@@ -300,6 +310,8 @@ def _build_sinks(run: Run) -> list[Sink]:
             )
     except ImportError as error:
         raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"results_dir is {training.results_dir}, where nothing can be logged: {error}") from error
     return sinks
 
 

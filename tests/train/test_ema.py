@@ -43,8 +43,16 @@ def test_average_is_float32_and_apart_from_the_parameter() -> None:
 
 def test_start_from_other_weights() -> None:
     ema = EMA({"p": nn.Parameter(torch.zeros(2))}, decay=0.5)
-    ema.load_weights({"p": torch.ones(2), "unknown": torch.ones(9)})
+    ema.load_average({"p": torch.ones(2), "unknown": torch.ones(9)})
     assert ema.shadow["p"].tolist() == [1.0, 1.0]
+
+
+def test_bias_correction_continues_a_loaded_average() -> None:
+    parameter = nn.Parameter(torch.tensor([3.0]))
+    ema = EMA({"p": parameter}, decay=0.9, bias_correction=True)
+    ema.load_average({"p": torch.tensor([1.0])})
+    walk(ema, parameter, [2.0])
+    assert ema.shadow["p"].item() == pytest.approx(0.9 * 1 + 0.1 * 2)
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,32 @@ def test_assembled_language_model_computes_what_the_original_does(parts: dict[st
 def test_missing_part_names_its_flag(parts: dict[str, Path], tmp_path: Path, part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         train(load_config((), parts_settings(parts, tmp_path, **{part: str(tmp_path / "nowhere")})))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("llm_config.json", "{}"),
+        ("llm_config.json", "[]"),
+        ("llm_config.json", '"text"'),
+        ("llm_config.json", "without heads"),
+        ("llm_config.json", "text for a number"),
+        ("vit_config.json", "[1]"),
+        ("config.json", "[]"),
+    ],
+)
+def test_unusable_model_config_is_one_error_with_folder_and_file(tmp_path: Path, file: str, content: str) -> None:
+    bagel = write_bagel(tmp_path / "bagel")
+    values = json.loads((bagel / "llm_config.json").read_text())
+    if content == "without heads":
+        values.pop("num_attention_heads")
+        content = json.dumps(values)
+    elif content == "text for a number":
+        content = json.dumps(values | {"hidden_size": "many"})
+    (bagel / file).write_text(content)
+    with pytest.raises(ConfigError) as error:
+        train(run_config(bagel, tmp_path / "out"))
+    assert str(bagel) in str(error.value) and file in str(error.value)
 
 
 def test_random_start_is_repeatable_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
