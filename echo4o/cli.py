@@ -95,7 +95,7 @@ def _report_errors(work: Callable[[], None]) -> int:
 
 
 #: Errors whose message names the fix; by name, because importing their modules takes seconds.
-USER_ERRORS = ("ConfigError", "DataError", "CheckpointError", "NonFiniteError", "KernelError")
+USER_ERRORS = ("ConfigError", "DataError", "CheckpointError", "NonFiniteError", "KernelError", "RunError")
 
 
 def main() -> None:

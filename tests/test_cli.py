@@ -58,10 +58,18 @@ def test_errors_with_a_remedy_are_known_by_their_classes():
     from echo4o.checkpoint.train_state import CheckpointError
     from echo4o.data.errors import DataError
     from echo4o.model.attention import KernelError
-    from echo4o.train.trainer import NonFiniteError
+    from echo4o.train.trainer import NonFiniteError, RunError
 
-    classes = (ConfigError, DataError, CheckpointError, NonFiniteError, KernelError)
+    classes = (ConfigError, DataError, CheckpointError, NonFiniteError, KernelError, RunError)
     assert set(cli.USER_ERRORS) == {kind.__name__ for kind in classes}
+
+
+def test_picture_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "file" / "layout.png"
+    result = runner.invoke(cli.app, ["data", "draw", str(ROOT / "data_examples" / "dataset.yaml"), "--out", str(out)])
+    assert result.exit_code == 1
+    assert result.output.strip().splitlines()[-1].startswith(f"DataError: cannot write {out}: ")
 
 
 def test_upstream_script_starts_the_same_thing():

@@ -61,7 +61,7 @@ def draw_row(
         tokenizer: model folder; ``None`` counts words instead of tokens, unless the run's ``init_from`` is there.
 
     Raises:
-        DataError: if there is no such group or row.
+        DataError: if there is no such group or row, or `out` cannot be written.
     """
     dataset_config, folder = _dataset_config(Path(config), tokenizer)
     words, special_tokens = _tokenizer(folder)
@@ -77,7 +77,10 @@ def draw_row(
         vit_max_num_patch_per_side=BAGEL_LIMITS.vit_max_num_patch_per_side,
     )
     texts = [words.decode(list(segment.text_ids)) for segment in sample.segments if segment.kind == "text"]
-    draw_sample(sample, Packer(packing).pack([sample]), out, texts=texts)
+    try:
+        draw_sample(sample, Packer(packing).pack([sample]), out, texts=texts)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror or error}. Choose another --out.") from error
 
 
 def _dataset_config(path: Path, tokenizer: str | Path | None) -> tuple[Path, Path | None]:

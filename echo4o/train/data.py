@@ -24,12 +24,12 @@ def build_tokenizer(plan: LoadPlan) -> tuple[Tokenizer, SpecialTokens]:
 def build_groups(
     config: RunConfig, architecture: BagelConfig, tokenizer: Tokenizer, special_tokens: SpecialTokens
 ) -> list[SourceGroup]:
-    """Every group of the dataset YAML; its paths are relative to it.
+    """Every group of the dataset YAML; its paths are relative to it, those of settings to the working directory.
 
     Raises:
         DataError: if the YAML or the data it names cannot be used.
     """
-    path = Path(config.data.dataset_config_file)
+    path, info = Path(config.data.dataset_config_file), config.data.dataset_info
     context = SourceContext(
         tokenizer=tokenizer,
         special_tokens=special_tokens,
@@ -42,7 +42,7 @@ def build_groups(
             vit_patch_size=architecture.vit.patch_size if architecture.vit else config.model.vit_patch_size,
             interpolate_pos=architecture.interpolate_pos,
         ),
-        dataset_info=config.data.dataset_info,
+        dataset_info=Path(info).expanduser().resolve() if info else None,
         visual_gen=architecture.visual_gen,
         visual_und=architecture.visual_und,
     )

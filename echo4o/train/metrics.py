@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from echo4o.config import ConfigError
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
@@ -99,6 +101,7 @@ class WandbSink:
 
     Raises:
         ImportError: with the command that installs it.
+        ConfigError: if the run cannot be opened (no login, no network, a run id that must not be resumed).
     """
 
     def __init__(
@@ -108,16 +111,22 @@ class WandbSink:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ImportError("wandb is not installed: pip install wandb, or pass --wandb False") from error
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            id=f"{name}-run{run_id}",
-            resume=resume,
-            mode="offline" if offline else "online",
-            dir=str(folder),
-            config=dict(config),
-            settings=wandb.Settings(init_timeout=120),
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                id=f"{name}-run{run_id}",
+                resume=resume,
+                mode="offline" if offline else "online",
+                dir=str(folder),
+                config=dict(config),
+                settings=wandb.Settings(init_timeout=120),
+            )
+        except Exception as error:  # its own classes, requests' and the service's: all mean that it cannot be used
+            raise ConfigError(
+                f"Weights & Biases cannot be used ({type(error).__name__}: {_first_line(error)}). Log in with "
+                "`wandb login`, or pass --wandb_offline True or --wandb False."
+            ) from error
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log(dict(values), step=step)
@@ -165,6 +174,10 @@ def _smoothed(values: tuple[float, ...], share: float = 0.1) -> list[float]:
         window = values[i - reach : i + reach + 1]
         smooth.append(sum(window) / len(window))
     return smooth
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
 
 
 def _finite(value: Any) -> Any:

@@ -7,6 +7,7 @@ end the run before any training.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -29,6 +30,10 @@ from echo4o.train.stopping import StopRequest
 logger = logging.getLogger(__name__)
 
 
+class RunError(RuntimeError):
+    """The machine ended the run (device memory, disk); the message names the remedy."""
+
+
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
@@ -39,6 +44,7 @@ def train(config: RunConfig) -> None:
     Raises:
         echo4o.config.ConfigError: for settings that cannot work, before any training.
         NonFiniteError: after ``max_nonfinite_steps`` skipped steps in a row.
+        RunError: if the device's memory or the disk does not suffice.
         CheckpointError: if the last checkpoint cannot be written.
     """
     run = set_up(config)
@@ -69,6 +75,7 @@ class Trainer:
         self.config = run.config.training
         self.console = console
         self.stop = stop
+        self.workers_started = False
         self.breakdown = LossBreakdown()
         self.breakdown.load_state_dict(run.trainer_state.get("breakdown", {}))
         self.skipped_steps = int(run.trainer_state.get("skipped_steps", 0))
@@ -83,7 +90,8 @@ class Trainer:
         for step in range(run.step + 1, run.total_steps + 1):
             with run.throughput.waiting():
                 micro_batches = self.fetch(batches)
-            result = self.train_step(micro_batches, lr=run.schedule(step - 1))
+            with _explained_out_of_memory(micro_batches):
+                result = self.train_step(micro_batches, lr=run.schedule(step - 1))
             run.step = step
             self.count(result, micro_batches)
             if step % self.config.log_every == 0 or step == run.total_steps:
@@ -100,9 +108,16 @@ class Trainer:
     # ------------------------------------------------------------ one step
 
     def fetch(self, batches: Iterator[PackedBatch]) -> list[PackedBatch]:
-        """The micro-batches of one step: all of them first, because the losses are divided by their common totals."""
-        with self.stop.held_back():
-            return [next(batches) for _ in range(self.config.gradient_accumulation_steps)]
+        """The micro-batches of one step: all of them first, because the losses are divided by their common totals.
+
+        The first call starts the worker processes, which must not get stop signals. Later ones may be interrupted.
+        """
+        with contextlib.ExitStack() as stack:
+            if not self.workers_started and self.run.config.data.num_workers:
+                stack.enter_context(self.stop.held_back())
+            micro_batches = [next(batches) for _ in range(self.config.gradient_accumulation_steps)]
+        self.workers_started = True
+        return micro_batches
 
     def train_step(self, micro_batches: Sequence[PackedBatch], lr: float) -> StepResult:
         run, engine, config = self.run, self.run.engine, self.config
@@ -143,27 +158,20 @@ class Trainer:
     def forward(self, batch: PackedBatch, totals: StepTotals):
         run, config = self.run, self.config
         batch = batch.to(run.engine.device, non_blocking=True)
-        try:
-            with run.engine.autocast():
-                latents = noise = None
-                if run.vae is not None:
-                    latents, noise = encode_batch(run.vae, batch, run.model_config.latent_patch_size)
-                output = run.engine.module(batch, latents, noise, return_hidden=False)
-            return micro_loss(
-                output.mse,
-                output.ce,
-                batch,
-                totals,
-                mse_weight=config.mse_weight,
-                ce_weight=config.ce_weight,
-                ce_loss_reweighting=config.ce_loss_reweighting,
-            )
-        except torch.OutOfMemoryError as error:
-            raise RuntimeError(
-                f"out of GPU memory on a pack of {batch.sequence_length:,} tokens, {len(batch.sample_lens)} samples "
-                f"({', '.join(batch.sample_rows[:8])}). Lower --expected_num_tokens and --max_num_tokens, or pass "
-                "--activation_checkpointing full."
-            ) from error
+        with run.engine.autocast():
+            latents = noise = None
+            if run.vae is not None:
+                latents, noise = encode_batch(run.vae, batch, run.model_config.latent_patch_size)
+            output = run.engine.module(batch, latents, noise, return_hidden=False)
+        return micro_loss(
+            output.mse,
+            output.ce,
+            batch,
+            totals,
+            mse_weight=config.mse_weight,
+            ce_weight=config.ce_weight,
+            ce_loss_reweighting=config.ce_loss_reweighting,
+        )
 
     # ------------------------------------------------------------ bookkeeping
 
@@ -204,8 +212,14 @@ class Trainer:
         self.breakdown.reset()
         run.throughput.reset()
         if run.engine.rank == 0:
-            for sink in run.sinks:
-                sink.write(run.step, values)
+            try:
+                for sink in run.sinks:
+                    sink.write(run.step, values)
+            except OSError as error:
+                raise RunError(
+                    f"cannot log step {run.step} in {self.config.results_dir}: {error}. Make room there, then continue "
+                    "with --auto_resume True."
+                ) from error
         self.console.log(run.step, values)
 
     def should_stop(self) -> bool:
@@ -241,3 +255,17 @@ class Trainer:
             plot_losses(metrics, metrics.with_name(PLOT_FILE))
         except OSError as error:
             logger.warning("cannot draw the loss plot: %s", error)
+
+
+@contextlib.contextmanager
+def _explained_out_of_memory(micro_batches: Sequence[PackedBatch]) -> Iterator[None]:
+    """Forward, backward and the optimiser's first step may all be where memory ends; the longest pack decides."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        longest = max(micro_batches, key=lambda batch: batch.sequence_length)
+        raise RunError(
+            f"out of GPU memory on a pack of {longest.sequence_length:,} tokens, {len(longest.sample_lens)} samples "
+            f"({', '.join(longest.sample_rows[:8])}). Lower --expected_num_tokens and --max_num_tokens, or pass "
+            "--activation_checkpointing full."
+        ) from error

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from echo4o.config import ConfigError
 from echo4o.train.console import ConsoleProgress, summary_line
 from echo4o.train.metrics import MetricsFile, TensorBoardSink, WandbSink, plot_losses, read_metrics
 
@@ -135,3 +137,14 @@ def test_only_the_first_rank_talks() -> None:
         console.log(1, {"loss": 0.5})
         console.say("hello")
     assert stream.getvalue() == ""
+
+
+def test_wandb_that_cannot_be_used_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_):
+        raise ConnectionError("api.wandb.ai is not reachable\nlong trace")
+
+    wandb = types.SimpleNamespace(init=init, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(ConfigError, match=r"not reachable\).*--wandb False") as error:
+        WandbSink(tmp_path, project="p", name="n", run_id="0", resume="allow", offline=False, config={})
+    assert len(str(error.value).splitlines()) == 1

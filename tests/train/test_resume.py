@@ -101,7 +101,7 @@ def test_killed_run_resumes_to_the_bit(tmp_path: Path, num_workers: int, kill_at
     assert_same_run(tmp_path / "whole", tmp_path / "killed", steps=9)
 
 
-@pytest.mark.parametrize(("name", "num_workers"), [("SIGTERM", 2), ("SIGUSR1", 0)])
+@pytest.mark.parametrize(("name", "num_workers"), [("SIGTERM", 2), ("SIGUSR1", 0), ("SIGINT", 2)])
 def test_stop_signal_to_the_process_group_saves_and_exits_cleanly(tmp_path: Path, name: str, num_workers: int) -> None:
     bagel = write_bagel(tmp_path / "bagel")
     changes = {"total_steps": 6, "save_every": 100, "num_workers": num_workers}
@@ -110,11 +110,33 @@ def test_stop_signal_to_the_process_group_saves_and_exits_cleanly(tmp_path: Path
     assert stopped.returncode == 0, stopped.stderr
     assert "saved step 3" in stopped.stderr + stopped.stdout
     assert train_state.steps(tmp_path / "out" / "checkpoints") == [3]
-    if name == "SIGUSR1":
+    if name != "SIGTERM":
         return
     train(load_config((), settings))
     train(load_config((), run_settings(bagel, tmp_path / "whole", **changes)))
     assert_same_run(tmp_path / "whole", tmp_path / "out", steps=6)
+
+
+def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
+    from echo4o.train.stopping import StopRequest
+
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.reason == "SIGINT"
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second one did not interrupt")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_data_can_begin_anew_on_resume(tmp_path: Path) -> None:
+    bagel = write_bagel(tmp_path / "bagel")
+    settings = run_settings(bagel, tmp_path / "out", total_steps=2, save_every=2, auto_resume=True)
+    train(load_config((), settings))
+    train(load_config((), settings | {"total_steps": 4, "num_workers": 1, "resume_data": False}))
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[2]["data/rows"] == records[0]["data/rows"] < records[3]["data/rows"]
+    assert records[3]["num_mse_tokens"] == records[1]["num_mse_tokens"], "the same packs as in the first two steps"
 
 
 def test_kill_in_a_save_leaves_the_previous_checkpoint_usable(tmp_path: Path) -> None:

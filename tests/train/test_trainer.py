@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from echo4o.checkpoint import train_state
 from echo4o.config import ConfigError
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.vae import AutoEncoder
 from echo4o.train import trainer as trainer_module
-from echo4o.train.metrics import read_metrics
-from echo4o.train.trainer import NonFiniteError, train
+from echo4o.train.engine import SingleProcessEngine
+from echo4o.train.metrics import MetricsFile, read_metrics
+from echo4o.train.trainer import NonFiniteError, RunError, train
 from tests.train.tiny_run import DATA, run_config, tiny_config, write_bagel, write_tokenizer
 
 
@@ -241,6 +243,89 @@ def test_failing_last_save_is_an_error(bagel: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(train_state, "save", fail)
     with pytest.raises(train_state.CheckpointError, match="disk full"):
         train(run_config(bagel, tmp_path, total_steps=1))
+
+
+def test_weights_that_are_not_finite_leave_no_checkpoint(
+    bagel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = trainer_module.Trainer.train_step
+
+    def spoil(self, micro_batches, lr):
+        result = step(self, micro_batches, lr)
+        if self.run.step == 2:
+            self.run.engine.module.llm2vae.weight.data.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(trainer_module.Trainer, "train_step", spoil)
+    with caplog.at_level(logging.WARNING), pytest.raises(train_state.CheckpointError, match="llm2vae.weight"):
+        train(run_config(bagel, tmp_path, total_steps=5))
+    assert "0000004" in caplog.text and "training goes on" in caplog.text
+    assert train_state.steps(tmp_path / "checkpoints") == [2]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_out_of_gpu_memory_names_the_pack_and_the_remedy(
+    bagel: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    target = trainer_module.Trainer if where == "forward" else SingleProcessEngine
+    monkeypatch.setattr(target, where, exhausted)
+    with pytest.raises(RunError, match=r"on a pack of \d+ tokens.*--expected_num_tokens"):
+        train(run_config(bagel, tmp_path))
+
+
+def test_log_that_cannot_be_written_is_one_clear_error(
+    bagel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self, step, values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MetricsFile, "write", full)
+    with pytest.raises(RunError, match="cannot log step 1 in .*No space left"):
+        train(run_config(bagel, tmp_path))
+    (tmp_path / "taken" / "config.yaml").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="results_dir is .*taken.*nothing can be logged"):
+        train(run_config(bagel, tmp_path / "taken"))
+
+
+def test_bias_correction_beside_a_loaded_average_says_that_it_does_nothing(
+    bagel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(run_config(bagel, tmp_path / "first", total_steps=3, lr=1e-2))
+    checkpoint = train_state.latest(tmp_path / "first" / "checkpoints")
+    options = {"init_weights": "model", "ema_bias_correction": True, "ema": 0.999, "lr": 1e-9, "warmup_steps": 0}
+    with caplog.at_level(logging.WARNING):
+        train(run_config(checkpoint, tmp_path / "second", total_steps=1, **options))
+    assert caplog.text.count("ema_bias_correction: no effect") == 1
+    after = train_state.latest(tmp_path / "second" / "checkpoints")
+    old, new = (Bagel.from_pretrained(f, weights="ema").state_dict()["llm2vae.weight"] for f in (checkpoint, after))
+    torch.testing.assert_close(old, new, rtol=0, atol=1e-5)
+
+
+def test_dataset_info_of_the_settings_starts_at_the_working_directory(
+    bagel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = yaml.safe_load((DATA / "dataset.yaml").read_text())
+    info = settings.pop("dataset_info")
+    for entries in info.values():
+        for entry in entries.values():
+            entry.update({key: str(DATA / value) for key, value in entry.items() if key.endswith(("dir", "path"))})
+    for folder, content in (("d", info), ("elsewhere", settings)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.chdir(tmp_path)
+    train(
+        run_config(
+            bagel,
+            tmp_path / "out",
+            dataset_config_file="elsewhere/file.yaml",
+            dataset_info="d/file.yaml",
+            total_steps=1,
+        )
+    )
+    assert train_state.steps(tmp_path / "out" / "checkpoints") == [1]
 
 
 def test_finished_run_has_nothing_to_do(bagel: Path, tmp_path: Path) -> None:
