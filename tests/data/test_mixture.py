@@ -147,8 +147,8 @@ def test_a_run_whose_every_row_fails_stops_early():
 
 
 def test_the_share_of_a_small_consumer_is_judged_after_its_part_of_an_epoch():
-    groups = [group("a", [5] * 300), group("off", [5] * 900, weight=0.0)]
-    assert mixture(groups, 1, 3).ledger.min_rows == 100
+    groups = [group("a", [5] * 2400), group("off", [5] * 900, weight=0.0)]
+    assert mixture(groups, 1, 3).ledger.min_rows == 800
 
 
 def test_too_long_rows_are_not_bad_and_name_the_setting(caplog):
