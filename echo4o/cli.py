@@ -85,6 +85,9 @@ def _report_errors(work: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         work()
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        return 130
     except Exception as error:
         kind = type(error).__name__
         if os.environ.get("ECHO4O_TRACEBACK") or kind not in USER_ERRORS:

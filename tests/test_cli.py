@@ -54,6 +54,15 @@ def test_bug_keeps_its_traceback(monkeypatch):
     assert isinstance(runner.invoke(cli.app, ["train"]).exception, KeyError)
 
 
+def test_interrupt_is_one_line(monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("echo4o.train.trainer.train", interrupted)
+    result = runner.invoke(cli.app, ["train"])
+    assert (result.exit_code, result.output.strip()) == (130, "interrupted")
+
+
 def test_errors_with_a_remedy_are_known_by_their_classes():
     from echo4o.checkpoint.train_state import CheckpointError
     from echo4o.data.errors import DataError
@@ -70,6 +79,12 @@ def test_picture_that_cannot_be_written_is_one_line(tmp_path):
     result = runner.invoke(cli.app, ["data", "draw", str(ROOT / "data_examples" / "dataset.yaml"), "--out", str(out)])
     assert result.exit_code == 1
     assert result.output.strip().splitlines()[-1].startswith(f"DataError: cannot write {out}: ")
+
+
+def test_picture_of_unknown_kind_is_one_line(tmp_path):
+    out = tmp_path / "layout.foo"
+    result = runner.invoke(cli.app, ["data", "draw", str(ROOT / "data_examples" / "dataset.yaml"), "--out", str(out)])
+    assert result.exit_code == 1 and "a picture ends in one of .png" in result.output
 
 
 def test_upstream_script_starts_the_same_thing():

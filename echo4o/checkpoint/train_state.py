@@ -29,15 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from echo4o.checkpoint.rng import rng_state, set_rng_state
-from echo4o.checkpoint.weights import write_text, write_weights
+from echo4o.checkpoint.weights import non_finite, write_text, write_weights
 
 if TYPE_CHECKING:
     from echo4o.train.ema import EMA
@@ -142,22 +141,11 @@ def _write(partial: Path, progress: Progress, engine: Engine, ema: EMA, write_as
 def _require_finite(engine: Engine, ema: EMA) -> None:
     """A checkpoint whose weights are not numbers would be taken for the newest good one."""
     named = {**engine.state()["model"], **{f"{name} (EMA)": tensor for name, tensor in ema.shadow.items()}}
-    bad = next(iter(_non_finite(named)), None)
+    bad = next(iter(non_finite(named)), None)
     if found := next((name for name in engine.gather(bad) if name is not None), None):
         raise ValueError(
             f"{found} holds numbers that are not finite. Resume from an earlier checkpoint with a lower --lr"
         )
-
-
-def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors with a NaN or an infinity."""
-    filled = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-    if not filled:
-        return []
-    # The maximum norm of a tensor keeps its NaNs and cannot overflow.
-    norms = torch._foreach_norm(list(filled.values()), float("inf"))  # pyright: ignore[reportPrivateImportUsage]
-    finite = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist()
-    return [name for name, good in zip(filled, finite, strict=True) if not good]
 
 
 @contextlib.contextmanager

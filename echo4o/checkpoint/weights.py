@@ -57,6 +57,17 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors with a NaN or an infinity."""
+    filled = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
+    if not filled:
+        return []
+    # The maximum norm of a tensor keeps its NaNs and cannot overflow.
+    norms = torch._foreach_norm(list(filled.values()), float("inf"))  # pyright: ignore[reportPrivateImportUsage]
+    finite = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist()
+    return [name for name, good in zip(filled, finite, strict=True) if not good]
+
+
 def load_llm_part(model: Bagel, folder: str | Path) -> list[str]:
     """Read a Hugging Face Qwen2 folder into ``language_model``; returns the model's tensors that it lacks.
 

@@ -23,6 +23,8 @@ from echo4o.data.tokenizer import SpecialTokens, Tokenizer, add_special_tokens, 
 # Grids of BAGEL-7B-MoT; they only decide which images are refused.
 BAGEL_LIMITS = Limits(max_latent_size=64, vit_max_num_patch_per_side=70)
 
+PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg", ".webp")
+
 
 class WordTokenizer:
     """Stands in where no model's tokenizer is at hand: a token is a word or a punctuation mark."""
@@ -63,9 +65,10 @@ def draw_row(
     Raises:
         DataError: if there is no such group or row, or `out` cannot be written.
     """
-    dataset_config, folder = _dataset_config(Path(config), tokenizer)
+    dataset_config, info, folder = _dataset_config(Path(config), tokenizer)
     words, special_tokens = _tokenizer(folder)
-    context = SourceContext(words, special_tokens, data_seed, dataset_config.resolve().parent, BAGEL_LIMITS)
+    base_dir = dataset_config.resolve().parent
+    context = SourceContext(words, special_tokens, data_seed, base_dir, BAGEL_LIMITS, dataset_info=info)
     groups = build_sources(yaml.safe_load(dataset_config.read_text(encoding="utf-8")), context)
     sample = _find(_group(groups, group), row, num_refs)
     packing = PackingConfig(
@@ -77,14 +80,16 @@ def draw_row(
         vit_max_num_patch_per_side=BAGEL_LIMITS.vit_max_num_patch_per_side,
     )
     texts = [words.decode(list(segment.text_ids)) for segment in sample.segments if segment.kind == "text"]
+    if Path(out).suffix.lower() not in PICTURES:
+        raise DataError(f"cannot write {out}: a picture ends in one of {', '.join(PICTURES)}. Choose another --out.")
     try:
         draw_sample(sample, Packer(packing).pack([sample]), out, texts=texts)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror or error}. Choose another --out.") from error
 
 
-def _dataset_config(path: Path, tokenizer: str | Path | None) -> tuple[Path, Path | None]:
-    """The data set YAML, and the folder of a tokenizer if there is one."""
+def _dataset_config(path: Path, tokenizer: str | Path | None) -> tuple[Path, Path | None, Path | None]:
+    """The data set YAML, the run's file of paths, and the folder of a tokenizer, where there are any."""
     folder = Path(tokenizer) if tokenizer else None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -97,11 +102,12 @@ def _dataset_config(path: Path, tokenizer: str | Path | None) -> tuple[Path, Pat
     try:
         run = load_config(path)
     except ConfigError:
-        return path, folder  # data set groups are no settings
+        return path, None, folder  # data set groups are no settings
     init_from = Path(run.training.init_from or "")
     if folder is None and run.training.init_from and init_from.is_dir():
         folder = init_from
-    return Path(run.data.dataset_config_file), folder
+    info = run.data.dataset_info
+    return Path(run.data.dataset_config_file), Path(info).expanduser().resolve() if info else None, folder
 
 
 def _tokenizer(folder: Path | None) -> tuple[Tokenizer, SpecialTokens]:
