@@ -312,8 +312,8 @@ def load(folder: str | Path, engine: Engine, ema: EMA) -> Progress:
     folder = Path(folder)
     if wrong := faults(folder):
         raise CheckpointError(
-            f"{folder} cannot be resumed: {'; '.join(wrong[:3])}. Take an earlier one, or use its weights alone "
-            "with --resume_model_only True."
+            f"{folder} cannot be resumed: {'; '.join(wrong[:3])}. Take an earlier one, or start from its weights "
+            "alone: --init_from with another --checkpoint_dir."
         )
     trainer = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     if trainer["format"] != FORMAT:
@@ -345,12 +345,12 @@ def _check_same_parameters(keys: set[str], model: Mapping[str, Any], folder: Pat
     if missing := sorted(set(model) - saved):
         raise CheckpointError(
             f"{folder} did not train {len(missing)} parameters that now do, e.g. {missing[0]}: resume with the freeze "
-            "flags of its config.yaml, or start a new optimiser with --resume_model_only True"
+            "flags of its config.yaml, or start anew from its weights: --init_from with another --checkpoint_dir"
         )
     if extra := sorted(saved - set(model)):
         raise CheckpointError(
             f"{folder} trained {len(extra)} parameters that are now frozen, e.g. {extra[0]}: resume with the freeze "
-            "flags of its config.yaml, or start a new optimiser with --resume_model_only True"
+            "flags of its config.yaml, or start anew from its weights: --init_from with another --checkpoint_dir"
         )
 
 
