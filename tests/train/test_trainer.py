@@ -339,7 +339,7 @@ def test_resume_from_a_damaged_checkpoint_names_the_remedy(bagel: Path, tmp_path
     train(run_config(bagel, tmp_path, total_steps=2))
     checkpoint = train_state.latest(tmp_path / "checkpoints")
     (checkpoint / "training" / ".metadata").unlink()
-    with pytest.raises(ConfigError, match="resume_model_only"):
+    with pytest.raises(ConfigError, match="init_from"):
         train(run_config(bagel, tmp_path / "again", init_from=None, resume_from=str(checkpoint), total_steps=4))
 
 
