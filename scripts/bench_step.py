@@ -3,9 +3,10 @@
     python scripts/bench_step.py                  # hidden 512 × 6 layers, 2 samples × 3 references = 4,104 tokens
     python scripts/bench_step.py --runs 7 --json step.json
 
-Three programs run in turn, each in a process of its own (peak memory is the process'):
+Four programs run in turn, each in a process of its own (peak memory is the process'):
 
 ours        this project's step
+recompute   the same with --activation_checkpointing full: less memory for a second forward pass
 upstream    the reference model's way on the same weights: a dozen gathers and scatters a layer, one bool mask a sample
             passed as 3-D, which pushes CPU attention onto the math path
 upstream4d  the same with the mask passed as 4-D: the fair baseline
@@ -33,8 +34,9 @@ from echo4o.model import Bagel, BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from echo4o.model.embeddings import shift_time
 from echo4o.model.mot import apply_rope, rope_tables
 from echo4o.packed import AttentionLayout, PackedBatch
+from echo4o.train.parallelize import apply_activation_checkpointing
 
-PROGRAMS = ("ours", "upstream4d", "upstream")
+PROGRAMS = ("ours", "recompute", "upstream4d", "upstream")
 
 
 def build_model(hidden: int, layers: int) -> Bagel:
@@ -215,10 +217,13 @@ def matmul_peak() -> float:
 def measure(program: str, args: argparse.Namespace) -> dict:
     model = build_model(args.hidden, args.layers)
     batch, latents, noise = build_batch(args.samples, args.refs, num_words=40)
-    masks = sample_masks(batch.layout) if program != "ours" else []
+    is_ours = program in ("ours", "recompute")
+    masks = [] if is_ours else sample_masks(batch.layout)
+    if program == "recompute":
+        apply_activation_checkpointing(model, "full")
 
     def loss() -> Tensor:
-        if program == "ours":
+        if is_ours:
             mse = model(batch, latents, noise, return_hidden=False).mse
         else:
             mse = upstream_forward(model, batch, latents, noise, masks, as_4d=program == "upstream4d")
