@@ -414,3 +414,11 @@ def test_help_lists_every_flag_once_and_training_guide_holds_the_same_table():
     text = flag_help()
     assert all(text.count(f"--{name} ") == 1 for name in names)
     assert flag_help(markdown=True) in (ROOT / "TRAIN.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("learning_rate", "lr"), ("output_dir", "results_dir"), ("lr_schedular", "lr_scheduler")]
+)
+def test_unknown_settings_name_the_one_that_was_meant(name, meant) -> None:
+    with pytest.raises(ConfigError, match=f"Did you mean {meant}\\?"):
+        load_config([f"--{name}", "1"])

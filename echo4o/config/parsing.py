@@ -252,7 +252,7 @@ def _known_name(name: str, source: str, prefixes: bool = False) -> str:
             return candidates[0]
         if candidates:
             raise ConfigError(f"--{name} is ambiguous: {', '.join(candidates)}")
-    near = difflib.get_close_matches(name, _TYPES, n=1, cutoff=0.6)
+    near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, _TYPES, n=1, cutoff=0.6)
     hint = f" Did you mean {near[0]}?" if near else " `echo4o train --help` lists all settings."
     raise ConfigError(f"unknown setting {name!r} ({source}).{hint}")
 
@@ -271,4 +271,16 @@ def _types(kinds: Iterable[type]) -> dict[str, tuple[type, bool]]:
     return result
 
 
+#: What other trainers call these settings: spelled too differently for a nearest match.
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "max_steps": "total_steps",
+    "num_train_steps": "total_steps",
+    "output_dir": "results_dir",
+    "batch_size": "expected_num_tokens",
+    "save_steps": "save_every",
+    "logging_steps": "log_every",
+    "gradient_clipping": "max_grad_norm",
+    "seed": "global_seed",
+}
 _TYPES = _types(PARTS.values())

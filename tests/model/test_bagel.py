@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from echo4o.model import Bagel, BagelConfig
-from echo4o.model.mot import Blocks
+from echo4o.model import Bagel, BagelConfig, LLMConfig, ViTConfig
+from echo4o.model.mot import Blocks, Qwen2ForCausalLM
 
 from .reference import ALL_CASES, Reference
 
@@ -152,8 +152,6 @@ def test_7b_manifest(shared) -> None:
 
 
 def _qwen2_7b():
-    from echo4o.model import LLMConfig
-
     return LLMConfig(
         hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
         vocab_size=152064, rms_norm_eps=1e-6, rope_theta=1e6, layer_module="Qwen2MoTDecoderLayer", qk_norm=True,
@@ -162,8 +160,6 @@ def _qwen2_7b():
 
 
 def _siglip_so400m():
-    from echo4o.model import ViTConfig
-
     return ViTConfig(
         hidden_size=1152,
         intermediate_size=4304,
@@ -180,13 +176,9 @@ def test_copy_init(parity) -> None:
     base = expected["fresh_init_llm_config"]
     for variant, record in expected["variants"].items():
         layer_module, _, option = variant.partition(", ")
-        from echo4o.model import LLMConfig
-        from echo4o.model.mot import Qwen2ForCausalLM
-
         known = {key: value for key, value in base.items() if key in LLMConfig.__annotations__}
         known |= dict(layer_module=layer_module, qk_norm=option != "qk_norm=False", tie_word_embeddings=False)
         model = Qwen2ForCausalLM(LLMConfig(**known))
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for parameter in model.parameters():
             nn.init.normal_(parameter)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
