@@ -8,8 +8,6 @@ out.images[0].save("out.png")
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,11 @@ from torch import Generator, Tensor
 from echo4o.data.images import ImageTransform, open_image, to_rgb, to_tensor
 from echo4o.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer
 from echo4o.generate.context import Addition, Context, LatentImage, Markers, Piece, Reader, Text
-from echo4o.generate.presets import Settings, preset
+from echo4o.generate.drawing import draw
+from echo4o.generate.presets import preset
 from echo4o.generate.request import ImageLike, Output, Request
-from echo4o.generate.sampler import shifted_schedule
+from echo4o.generate.state import State
+from echo4o.generate.writing import write
 from echo4o.model import Bagel
 from echo4o.model.embeddings import patchify_latents, unpatchify_latents
 from echo4o.model.vae import AutoEncoder
@@ -39,21 +39,6 @@ THINK_BEFORE_IMAGE = (
     "i.e. <think> planning process here </think> image here"
 )
 DEFAULT_SIZE = (1024, 1024)
-
-
-@dataclass
-class _State:
-    """What is known of a request while it runs."""
-
-    request: Request
-    generator: Generator
-    full: Context = field(default_factory=Context)
-    no_text: Context = field(default_factory=Context)
-    no_image: Context = field(default_factory=Context)
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width) of the resized references
-    text: str = ""
-    x: Tensor = field(default_factory=lambda: torch.zeros(0))
-    grid: tuple[int, int] = (0, 0)
 
 
 class Echo4oPipeline:
@@ -169,13 +154,15 @@ class Echo4oPipeline:
     def batch(self, requests: Sequence[Request]) -> Output:
         """All requests in one packed run: the same results as one by one."""
         reader = Reader(self.model, self.markers)
-        states = [_State(request, torch.Generator().manual_seed(request.seed)) for request in requests]
+        states = [State(request, torch.Generator().manual_seed(request.seed)) for request in requests]
         self._read(reader, states)
         thinking = [state for state in states if state.request.think or state.request.understand]
-        self._write(reader, thinking)
+        write(reader, self.tokenizer, thinking)
         drawing = [state for state in states if not state.request.understand]
         self._think(reader, [state for state in drawing if state.request.think])
-        self._draw(reader, drawing)
+        for state in drawing:
+            state.grid = self._grid(state)
+        draw(reader, drawing)
         images = [self._decoded(state) for state in drawing]
         info = [self._info(state) for state in states]
         return Output(images, [state.text for state in states if state.text], info)
@@ -183,7 +170,7 @@ class Echo4oPipeline:
     def _text(self, text: str) -> Text:
         return Text((self.markers.bos_token_id, *self.tokenizer.encode(text), self.markers.eos_token_id))
 
-    def _read(self, reader: Reader, states: Sequence[_State]) -> None:
+    def _read(self, reader: Reader, states: Sequence[State]) -> None:
         """All elements of all requests in one forward pass."""
         additions: list[Addition] = []
         places = [self._plan(reader, state, additions) for state in states]
@@ -193,7 +180,7 @@ class Echo4oPipeline:
                 contexts[place] if isinstance(place, int) else place for place in branches
             )
 
-    def _plan(self, reader: Reader, state: _State, additions: list[Addition]) -> tuple[Context | int, ...]:
+    def _plan(self, reader: Reader, state: State, additions: list[Addition]) -> tuple[Context | int, ...]:
         """Append a request's elements to `additions`; where its full, text-less and image-less contexts end."""
         request = state.request
 
@@ -235,79 +222,13 @@ class Echo4oPipeline:
         grid = (latents.shape[1] // patch, latents.shape[2] // patch)
         return LatentImage(patchify_latents([latents], patch), grid)
 
-    def _write(self, reader: Reader, states: Sequence[_State]) -> None:
-        """Text from every state's full context, decoded together; a request that has ended takes no more part."""
-        running = {number: [self.markers.bos_token_id] for number in range(len(states))}
-        contexts = {number: state.full for number, state in enumerate(states)}
-        finished: dict[int, list[int]] = {}
-        while running:
-            for number in [n for n, ids in running.items() if len(ids) >= states[n].request.settings.max_think_tokens]:
-                finished[number] = running.pop(number)
-            if not running:
-                break
-            order = list(running)
-            additions = [Addition(contexts[number], Text((running[number][-1],))) for number in order]
-            after, hidden = reader.extend(additions)
-            logits = reader.logits(torch.cat([rows[-1:] for rows in hidden]))
-            for number, context, row in zip(order, after, logits, strict=True):
-                state = states[number]
-                token = _choose(row, state.request.settings, state.generator)
-                contexts[number] = context
-                if token == self.markers.eos_token_id:
-                    finished[number] = running.pop(number)
-                else:
-                    running[number].append(token)
-        for number, state in enumerate(states):
-            state.text = self.tokenizer.decode(finished[number][1:])
-
-    def _think(self, reader: Reader, states: Sequence[_State]) -> None:
+    def _think(self, reader: Reader, states: Sequence[State]) -> None:
         """The thought becomes part of the full context only (upstream)."""
         contexts, _ = reader.extend([Addition(state.full, self._text(state.text)) for state in states])
         for state, context in zip(states, contexts, strict=True):
             state.full = context
 
-    def _draw(self, reader: Reader, states: Sequence[_State]) -> None:
-        schedules = []
-        for state in states:
-            settings = state.request.settings
-            state.grid = self._grid(state)
-            shape = (state.grid[0] * state.grid[1], self.model.config.latent_dim)
-            noise = state.request.noise
-            if noise is not None and tuple(noise.shape) != shape:
-                raise ValueError(f"noise must be {shape} for this output, not {tuple(noise.shape)}")
-            noise = torch.randn(shape, generator=state.generator) if noise is None else noise
-            state.x = noise.to(self.model.device)
-            times = shifted_schedule(settings.num_timesteps, settings.timestep_shift)
-            schedules.append(list(pairwise(times.unbind())))
-        for number in range(max(map(len, schedules), default=0)):
-            active = [(s, *steps[number]) for s, steps in zip(states, schedules, strict=True) if number < len(steps)]
-            self._step(reader, active)
-
-    def _step(self, reader: Reader, active: Sequence[tuple[_State, Tensor, Tensor]]) -> None:
-        """One Euler step of every image: all needed branches of all requests in one forward pass."""
-        additions: list[Addition] = []
-        places: list[list[int | None]] = []
-        for state, t, _ in active:
-            wanted = (True, *state.request.settings.guidance.branches_at(float(t)))
-            chosen: dict[Context, int] = {}  # a branch that equals another is not computed
-            branches: list[int | None] = []
-            for context, is_wanted in zip((state.full, state.no_text, state.no_image), wanted, strict=True):
-                if not is_wanted:
-                    branches.append(None)
-                    continue
-                if context not in chosen:
-                    chosen[context] = len(additions)
-                    additions.append(Addition(context, LatentImage(state.x, state.grid, float(t))))
-                branches.append(chosen[context])
-            places.append(branches)
-        velocities = reader.velocities(additions)
-        for (state, t, t_next), branches in zip(active, places, strict=True):
-            full, *others = (None if place is None else velocities[place] for place in branches)
-            assert full is not None
-            velocity = state.request.settings.guidance.combine(float(t), full, *others)
-            state.x = state.x - velocity * (t - t_next).to(velocity.device)
-
-    def _grid(self, state: _State) -> tuple[int, int]:
+    def _grid(self, state: State) -> tuple[int, int]:
         """(rows, columns) of latent tokens of the output."""
         request, stride = state.request, self.model.config.latent_downsample
         if (request.height is None) != (request.width is None):
@@ -327,14 +248,14 @@ class Echo4oPipeline:
             )
         return size[0] // stride, size[1] // stride
 
-    def _decoded(self, state: _State) -> Image.Image:
+    def _decoded(self, state: State) -> Image.Image:
         assert self.vae is not None
         latents = unpatchify_latents(state.x, [state.grid], self.model.config.latent_patch_size)[0]
         pixels = self.vae.decode(latents[None].to(next(self.vae.parameters())))[0].float()
         pixels = (pixels * 0.5 + 0.5).clamp(0, 1) * 255
         return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
-    def _info(self, state: _State) -> dict[str, Any]:
+    def _info(self, state: State) -> dict[str, Any]:
         stride = self.model.config.latent_downsample
         return {
             "seed": state.request.seed,
@@ -361,13 +282,3 @@ def _place(size_from: str | int, num_references: int) -> int:
     if size_from not in ("first", "last"):
         raise ValueError(f"size_from is {size_from!r}; use first, last or the number of a reference")
     return 0 if size_from == "first" else num_references - 1
-
-
-def _choose(logits: Tensor, settings: Settings, generator: Generator) -> int:
-    """The next token: the likeliest, or drawn from the smallest set of likeliest tokens of probability top_p."""
-    if not settings.do_sample:
-        return int(logits.argmax())
-    probabilities, tokens = (logits.cpu() / settings.temperature).softmax(-1).sort(descending=True)
-    kept = probabilities.cumsum(0) - probabilities < settings.top_p
-    drawn = torch.multinomial(probabilities * kept, 1, generator=generator)
-    return int(tokens[drawn])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from echo4o.generate.context import Reader
+from echo4o.generate.drawing import draw
 from echo4o.generate.pipeline import Echo4oPipeline
 from echo4o.generate.sampler import shifted_schedule
 from echo4o.model import Bagel
@@ -89,14 +90,12 @@ def test_drawn_images(name: str, recorded: Recorded, monkeypatch) -> None:
         seen["velocities"].append((t, velocity))
         return velocity
 
-    draw = Echo4oPipeline._draw
-
-    def watch_draw(self, reader, states):
+    def watch_draw(reader, states):
         seen["pool"], seen["contexts"] = reader.pool, states[0]
-        draw(self, reader, states)
+        draw(reader, states)
 
     monkeypatch.setattr("echo4o.generate.sampler.Guidance.combine", watch)
-    monkeypatch.setattr(Echo4oPipeline, "_draw", watch_draw)
+    monkeypatch.setattr("echo4o.generate.pipeline.draw", watch_draw)
     out = recorded.pipe.batch([recorded.request(name)])
 
     if variant["text_output"] is not None:
