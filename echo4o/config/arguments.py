@@ -61,6 +61,9 @@ class DataArguments:
         None, "YAML with the paths of every data set; may also stand in the data set YAML itself"
     )
     max_bad_row_share: float = _flag(0.1, "stop when more than this share of rows is unusable")
+    data_cache_dir: str | None = _flag(
+        None, "folder on a node's own disk into which parquet files are copied on first use"
+    )
 
 
 @dataclass
@@ -94,6 +97,9 @@ class TrainingArguments:
     log_every: int = _flag(10, "steps between log lines")
     save_every: int = _flag(2000, "steps between checkpoints")
     keep_last_n: int = _flag(0, "checkpoints to keep, newest first; 0 keeps all")
+    keep_every: int = _flag(0, "also keep every checkpoint whose step is a multiple of this; 0: none beyond keep_last_n")
+    async_save: bool = _flag(True, "write checkpoints in the background while training goes on")
+    log_rows: bool = _flag(False, "write the rows of every step to rows.jsonl in results_dir")
     total_steps: int = _flag(500_000, "stop after this many optimiser steps")
     warmup_steps: int = _flag(2000, "steps of linear warm-up")
     lr_scheduler: str = _flag("constant", "constant or cosine (down to min_lr)")
@@ -103,8 +109,13 @@ class TrainingArguments:
     beta2: float = _flag(0.95, "AdamW")
     eps: float = _flag(1e-15, "AdamW")
     weight_decay: float = _flag(0.0, "AdamW, matrices only (upstream: always 0)")
+    optimizer: str = _flag("adamw", "adamw, or adamw_8bit (8-bit states, through torchao; GPUs only)")
+    lr_groups: str | None = _flag(
+        None, "learning rates of their own: pattern=lr, separated by commas; in YAML a mapping. The first match counts"
+    )
     ema: float = _flag(0.9999, "decay of the weights' moving average; it needs about 1 / (1 - ema) steps")
     ema_bias_correction: bool = _flag(False, "shorter average at the start, so that a short run has a useful EMA")
+    ema_offload: bool = _flag(False, "keep the average in host memory")
     max_grad_norm: float = _flag(1.0, "clip the gradient to this norm")
     timestep_shift: float = _flag(1.0, "shift training time steps towards noise; 4 for BAGEL fine-tuning")
     mse_weight: float = _flag(1.0, "weight of the flow-matching loss")
@@ -113,15 +124,36 @@ class TrainingArguments:
     expected_num_tokens: int = _flag(32768, "a pack is full at this length")
     gradient_accumulation_steps: int = _flag(1, "packs an optimiser step; losses are normalised over all of them")
     max_nonfinite_steps: int = _flag(10, "stop after this many skipped steps in a row (loss or gradient not finite)")
+    keep_packs_per_step: bool = _flag(
+        True, "on resume with another number of ranks adapt gradient_accumulation_steps, so that steps stay as large"
+    )
+    engine: str = _flag("fsdp", "fsdp (one process needs no sharding) or deepspeed")
+    zero_stage: int = _flag(3, "DeepSpeed: 1 shards the optimiser, 2 also gradients, 3 also parameters")
+    deepspeed_config: str | None = _flag(None, "DeepSpeed JSON; what it leaves open follows these flags")
     num_replicate: int = _flag(1, "replicas of the HYBRID_SHARD mesh")
     num_shard: int = _flag(8, "ranks that share one replica")
     sharding_strategy: str = _flag("HYBRID_SHARD", "how parameters are sharded over ranks")
     backward_prefetch: str = _flag("BACKWARD_PRE", "prefetch of sharded parameters in the backward pass")
     cpu_offload: bool = _flag(False, "keep sharded parameters in host memory")
+    reduce_dtype: str = _flag("float32", "dtype in which gradients are summed over ranks: float32 or bfloat16")
+    dist_timeout: float = _flag(1800.0, "seconds after which a collective operation that does not end stops the run")
+    hang_timeout: float = _flag(1800.0, "seconds without progress after which all stacks are dumped and the run ends")
+    dead_rank_timeout: float = _flag(60.0, "seconds without a sign of life after which a rank counts as dead")
+    stop_grace: float = _flag(600.0, "seconds that a stop signal's checkpoint may take before the process gives up")
     freeze_llm: bool = _flag(False, "do not train the language model")
     freeze_vit: bool = _flag(False, "do not train the vision encoder")
     freeze_vae: bool = _flag(True, "do not train the VAE")
     freeze_und: bool = _flag(False, "train the generation experts only")
+    train_only: str | None = _flag(
+        None, "train only parameters whose name matches one of these patterns, separated by commas; in YAML a list"
+    )
+    frozen_dtype: str = _flag("auto", "dtype of frozen weights: auto (as in the file), float32 or bfloat16")
+    lora_rank: int = _flag(0, "rank of LoRA adapters; 0: none. In YAML also as lora: {rank, alpha, dropout, targets}")
+    lora_alpha: float = _flag(0.0, "LoRA updates are scaled by lora_alpha / lora_rank; 0: twice the rank")
+    lora_dropout: float = _flag(0.0, "dropout in front of LoRA adapters")
+    lora_targets: str = _flag(
+        "gen", "what LoRA adapts: gen, und, vit, connector, heads, or patterns of module names, separated by commas"
+    )
     copy_init_moe: bool = _flag(True, "assembled from parts: start generation experts as copies of understanding's")
     use_flex: bool = _flag(False, "upstream's switch for flex attention; see attention_kernel")
     attention_kernel: str = _flag("auto", "auto (flex on a GPU, sdpa on a CPU), sdpa, flex or flash")
@@ -143,8 +175,8 @@ GROUPS: Mapping[str, str] = {
     "Frequency": "log_every",
     "Optimiser": "warmup_steps",
     "Losses and steps": "timestep_shift",
-    "Sharding": "num_replicate",
-    "Freezing": "freeze_llm",
+    "Sharding and processes": "keep_packs_per_step",
+    "Freezing and LoRA": "freeze_llm",
     "Machine": "use_flex",
 }
 
@@ -154,15 +186,37 @@ OWN_FLAGS = frozenset(
         "all_refs_dropout_prob",
         "dataset_info",
         "max_bad_row_share",
+        "data_cache_dir",
         "wandb",
         "tensorboard",
         "resume_data",
         "init_from",
         "init_weights",
         "keep_last_n",
+        "keep_every",
+        "async_save",
+        "log_rows",
         "weight_decay",
+        "optimizer",
+        "lr_groups",
         "ema_bias_correction",
+        "ema_offload",
         "max_nonfinite_steps",
+        "keep_packs_per_step",
+        "engine",
+        "zero_stage",
+        "deepspeed_config",
+        "reduce_dtype",
+        "dist_timeout",
+        "hang_timeout",
+        "dead_rank_timeout",
+        "stop_grace",
+        "train_only",
+        "frozen_dtype",
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_targets",
         "attention_kernel",
         "activation_checkpointing",
         "compile",

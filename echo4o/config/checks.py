@@ -17,6 +17,11 @@ CHOICES = {
     "init_weights": INIT_WEIGHTS,
     "wandb_resume": ("allow", "must", "never"),
     "sharding_strategy": ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"),
+    "engine": ("fsdp", "deepspeed"),
+    "zero_stage": (1, 2, 3),
+    "optimizer": ("adamw", "adamw_8bit"),
+    "reduce_dtype": ("float32", "bfloat16"),
+    "frozen_dtype": ("auto", "float32", "bfloat16"),
     "backward_prefetch": ("BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"),
 }
 POSITIVE = (
@@ -35,6 +40,10 @@ POSITIVE = (
     "num_replicate",
     "num_shard",
     "max_nonfinite_steps",
+    "dist_timeout",
+    "hang_timeout",
+    "dead_rank_timeout",
+    "stop_grace",
     "max_grad_norm",
     "timestep_shift",
     "lr",
@@ -45,6 +54,9 @@ NOT_NEGATIVE = (
     "prefer_buffer_before",
     "max_buffer_size",
     "keep_last_n",
+    "keep_every",
+    "lora_rank",
+    "lora_alpha",
     "warmup_steps",
     "min_lr",
     "weight_decay",
@@ -59,6 +71,7 @@ UNIT_INTERVAL = (
     "vae_cond_dropout_prob",
     "vit_cond_dropout_prob",
     "all_refs_dropout_prob",
+    "lora_dropout",
     "max_bad_row_share",
 )
 BELOW_ONE = ("beta1", "beta2", "ema")
@@ -83,7 +96,7 @@ def validate(config: RunConfig) -> list[str]:
         return f"{name} is {values[name]} ({config.source(name)})"
 
     wrong = [
-        f"{found(name)}; choose one of {', '.join(known)}"
+        f"{found(name)}; choose one of {', '.join(map(str, known))}"
         for name, known in CHOICES.items()
         if values[name] not in known
     ]
