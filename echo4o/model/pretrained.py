@@ -46,7 +46,12 @@ def shard_files(path: Path) -> list[Path]:
     return files
 
 
-def _open(file: Path, device: str = "cpu"):
+def open_file(file: Path, device: str = "cpu"):
+    """A safetensors file, mapped; usable as a context manager.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     try:
         return safe_open(file, framework="pt", device=device)
     except SafetensorError as error:
@@ -57,7 +62,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors, from the headers alone."""
     shapes = {}
     for file in shard_files(path):
-        with _open(file) as tensors:
+        with open_file(file) as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return shapes
 
@@ -66,7 +71,7 @@ def iter_tensors(path: Path, names: Sequence[str] | None = None) -> Iterator[tup
     """Every tensor (or those of `names`), one at a time: memory is that of the largest."""
     wanted = None if names is None else set(names)
     for file in shard_files(path):
-        with _open(file) as tensors:
+        with open_file(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 if wanted is None or name in wanted:
                     yield name, tensors.get_tensor(name)

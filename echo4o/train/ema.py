@@ -1,11 +1,14 @@
-"""Exponential moving average of what trains, in float32 beside the parameters."""
+"""Exponential moving average of what trains, in float32 beside the parameters (or in host memory)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from echo4o.checkpoint.pieces import Piece
 
 #: A number of updates after which nothing is left to correct, whatever the decay.
 WARMED_UP = 2**40
@@ -17,16 +20,19 @@ class EMA:
     With `bias_correction` the average forgets the starting weights: after n updates it is the mean of the n parameter
     values with weights ``decay^(n−k)`` (Adam's correction), so that a short run with a slow decay still ends near its
     own weights. The decay of update n is then ``decay · (1 − decay^(n−1)) / (1 − decay^n)``. An average that was loaded
-    (`load_average`) is continued, not forgotten: the correction counts as over.
+    (`continue_average`) is continued, not forgotten: the correction counts as over.
 
     Args:
-        parameters: name → parameter of everything that trains (frozen tensors are their own average).
+        trained: name → this process' piece of everything that trains (frozen tensors are their own average).
+        offload: keep the average in host memory; every update then copies the weights there.
 
     Raises:
         ValueError: if the decay is not in [0, 1).
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float, bias_correction: bool = False) -> None:
+    def __init__(
+        self, trained: Mapping[str, Piece], decay: float, bias_correction: bool = False, offload: bool = False
+    ) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(
                 f"ema is {decay}; the decay must be in [0, 1), e.g. 0.9999 for long and 0.995 for short runs"
@@ -34,9 +40,11 @@ class EMA:
         self.decay = decay
         self.bias_correction = bias_correction
         self.num_updates = 0
-        self._parameters = dict(parameters)
+        self._trained = dict(trained)
+        self._offload = offload
         self.shadow: dict[str, Tensor] = {
-            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in self._parameters.items()
+            name: piece.values.to("cpu" if offload else piece.values.device, torch.float32, copy=True)
+            for name, piece in self._trained.items()
         }
 
     def current_decay(self) -> float:
@@ -51,15 +59,20 @@ class EMA:
         self.num_updates += 1
         decay = self.current_decay()
         averages = list(self.shadow.values())
-        values = [parameter.detach().float() for parameter in self._parameters.values()]
-        torch._foreach_mul_(averages, decay)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_add_(averages, values, alpha=1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        values = [piece.values.float() for piece in self._trained.values()]
+        if self._offload:
+            values = [value.cpu() for value in values]
+        if averages:
+            torch._foreach_mul_(averages, decay)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(averages, values, alpha=1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
-    @torch.no_grad()
-    def load_average(self, weights: Mapping[str, Tensor]) -> None:
-        """Continue an average (an upstream ``ema.safetensors``); names that do not train are ignored."""
+    def pieces(self) -> dict[str, Piece]:
+        """The average as pieces, laid out as the weights; views, so that filling them loads them."""
+        return {
+            name: dataclasses.replace(piece, values=self.shadow[name]) for name, piece in self._trained.items()
+        }
+
+    def continue_average(self) -> None:
+        """The average was loaded (an upstream ``ema.safetensors``): it is nothing to be forgotten."""
         # Saved with the checkpoint, and so kept on resume.
         self.num_updates = max(self.num_updates, WARMED_UP)
-        for name, value in weights.items():
-            if name in self.shadow:
-                self.shadow[name].copy_(value)

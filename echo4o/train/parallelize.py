@@ -1,6 +1,6 @@
-"""Activation checkpointing and per-block compilation, applied from outside: the model file knows nothing of them.
+"""Activation checkpointing, per-block compilation and sharding, applied from outside: the model knows nothing of them.
 
-Order: checkpointing → compile → (sharding, in the engines). Parameter names never change.
+Order: checkpointing → compile → sharding. Parameter names never change.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from echo4o.model import Bagel
@@ -33,12 +35,13 @@ def blocks(model: Bagel) -> Iterator[nn.Module]:
         yield from model.vit_model.vision_model.encoder.layers
 
 
-def apply_activation_checkpointing(model: Bagel, mode: str) -> None:
+def apply_activation_checkpointing(model: Bagel, mode: str, draws_random_numbers: bool = False) -> None:
     """Recompute blocks in the backward pass.
 
     Args:
         mode: ``none``; ``full`` keeps only each block's input; ``selective`` also keeps attention outputs and every
             second matrix product, the dearest things to recompute.
+        draws_random_numbers: blocks have dropout (in LoRA adapters), whose generator is restored for recomputation.
 
     Raises:
         ValueError: for another mode.
@@ -49,7 +52,7 @@ def apply_activation_checkpointing(model: Bagel, mode: str) -> None:
         return
     for block in blocks(model):
         # Patched, not wrapped: a wrapper module would put its name into every parameter's.
-        block.forward = _recomputed(block.forward, selective=mode == "selective")
+        block.forward = _recomputed(block.forward, mode == "selective", draws_random_numbers)
 
 
 def compile_blocks(model: Bagel) -> None:
@@ -58,9 +61,48 @@ def compile_blocks(model: Bagel) -> None:
         block.compile(dynamic=True)
 
 
-def _recomputed(forward, selective: bool):
-    # The blocks draw no random numbers, so there is no generator state to restore.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+def shard(
+    model: Bagel,
+    mesh: DeviceMesh,
+    mixed_precision: MixedPrecisionPolicy,
+    *,
+    reshard_after_forward: bool = True,
+    offload_policy: OffloadPolicy | None = None,
+    prefetch: bool = True,
+) -> None:
+    """Shard every decoder layer, ViT layer, the embeddings and the head by rows; what is left goes with the model.
+
+    A decoder layer with both of its experts is one unit: apart, each expert would be gathered a third time when the
+    layer is recomputed. Called on the meta device or on a model with its values.
+
+    Args:
+        mesh: 1-D (shards), or 2-D (replicas, shards).
+        prefetch: False gathers a block's weights only when its backward pass begins.
+    """
+    options: dict[str, Any] = {"mesh": mesh, "offload_policy": offload_policy or OffloadPolicy()}
+    blocks_in_order = list(blocks(model))
+    units: list[nn.Module] = list(blocks_in_order)
+    language_model = model.language_model
+    if not model.config.llm.tie_word_embeddings:
+        # A tied table serves as both: it stays with the model, gathered once for the whole step.
+        units += [language_model.model.embed_tokens, language_model.lm_head]
+    for unit in units:
+        fully_shard(unit, mp_policy=mixed_precision, reshard_after_forward=reshard_after_forward, **options)
+    # Latents and noise stay in float32: only the root is given them, and it must not cast them.
+    root_precision = MixedPrecisionPolicy(
+        param_dtype=mixed_precision.param_dtype,
+        reduce_dtype=mixed_precision.reduce_dtype,
+        cast_forward_inputs=False,
+    )
+    fully_shard(model, mp_policy=root_precision, reshard_after_forward=False, **options)
+    if not prefetch:
+        for unit in units:
+            assert isinstance(unit, FSDPModule)
+            unit.set_modules_to_backward_prefetch([unit])  # itself, which is there already: nothing ahead of time
+
+
+def _recomputed(forward, selective: bool, draws_random_numbers: bool):
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers}
     if selective:
         options["context_fn"] = _selective_contexts
 

@@ -6,6 +6,7 @@ variables a run is one process, and no process group exists unless an engine ask
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import tempfile
@@ -121,8 +122,8 @@ class Processes:
         if self.world_size > 1:
             dist.monitored_barrier(self.group, timedelta(seconds=self.timeout), wait_all_ranks=True)
 
-    def new_group(self) -> Any:
-        """A further gloo group, for exchanges in another thread; None in a run of one process."""
+    def apart(self) -> Processes:
+        """The same processes with a gloo group of its own, for exchanges in another thread."""
         if self.world_size == 1:
-            return None
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+            return self
+        return dataclasses.replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout)))

@@ -1,0 +1,128 @@
+"""Runs of elements out of safetensors files: every process maps the file and touches only its own bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from echo4o.checkpoint.pieces import Piece
+from echo4o.model.pretrained import open_file, shard_files
+
+#: Rows of a table averaged at once.
+_CHUNK_ROWS = 4096
+
+
+class WeightsReader:
+    """Tensors of one safetensors file, or of the shards of an index, by name; only headers are read at first.
+
+    Args:
+        path: ``….safetensors`` or ``….safetensors.index.json``.
+        prefix: of the names in the file, left out here.
+
+    Raises:
+        FileNotFoundError: if shards are missing.
+        ValueError: if a file is not a complete safetensors file.
+    """
+
+    def __init__(self, path: str | Path, prefix: str = "") -> None:
+        self.path = Path(path)
+        self._prefix = prefix
+        self._files = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for file in shard_files(self.path):
+            opened = open_file(file)
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                name = name.removeprefix(prefix)
+                self._files[name] = opened
+                self.shapes[name] = tuple(part.get_shape())
+                self.dtypes[name] = _DTYPES[part.get_dtype()]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
+
+    def run(self, name: str, start: int, stop: int) -> Tensor:
+        """(stop − start,) elements of a tensor in row-major order, in the file's dtype; a view of the mapped file."""
+        part = self._files[name].get_slice(self._prefix + name)
+        shape = self.shapes[name]
+        if not shape:
+            return self._files[name].get_tensor(self._prefix + name).reshape(1)[start:stop]
+        row = math.prod(shape[1:])
+        first, last = start // max(row, 1), -(-stop // max(row, 1))
+        return part[first:last].reshape(-1)[start - first * row : stop - first * row]
+
+    @torch.no_grad()
+    def fill(self, name: str, piece: Piece) -> int:
+        """Load a piece; returns the bytes read. The file's tensor may have fewer rows than the piece's (a vocabulary
+        that has grown): those beyond it become the mean of the others.
+
+        Raises:
+            ValueError: if the shapes do not agree otherwise.
+        """
+        shape = self.shapes[name]
+        if shape[1:] != piece.shape[1:] or len(shape) != len(piece.shape) or (shape and shape[0] > piece.shape[0]):
+            raise ValueError(f"{self.path} holds {name} as {shape}, the model as {piece.shape}")
+        held = math.prod(shape)
+        end = min(piece.stop, held)
+        if piece.start < end:
+            piece.values[: end - piece.start].copy_(self.run(name, piece.start, end))
+        if piece.stop > held and piece.values.numel():
+            self._fill_grown(name, piece, held)
+        return max(0, end - piece.start) * self.dtypes[name].itemsize
+
+    def _fill_grown(self, name: str, piece: Piece, held: int) -> None:
+        rows, width = self.shapes[name]
+        mean = torch.zeros(width, dtype=torch.float64)
+        for first in range(0, rows, _CHUNK_ROWS):
+            last = min(first + _CHUNK_ROWS, rows)
+            mean += self.run(name, first * width, last * width).reshape(-1, width).double().sum(0)
+        first = max(piece.start, held)
+        positions = torch.arange(first, piece.stop) % width
+        piece.values[first - piece.start :].copy_((mean / rows)[positions])
+
+
+class LayeredReader:
+    """Several readers as one: of each name the first that has it counts (an adapter over its base, say)."""
+
+    def __init__(self, readers: Iterable[WeightsReader], aliases: Mapping[str, str] | None = None) -> None:
+        self.readers = list(readers)
+        self._aliases = dict(aliases or {})
+
+    def find(self, name: str) -> tuple[WeightsReader, str] | None:
+        """The reader that has it, and its name there (tied tensors may be stored under the other name)."""
+        for known in (name, self._aliases.get(name)):
+            for reader in self.readers:
+                if known is not None and known in reader:
+                    return reader, known
+        return None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for reader in reversed(self.readers) for name, shape in reader.shapes.items()}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: dtype for reader in reversed(self.readers) for name, dtype in reader.dtypes.items()}
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
