@@ -95,11 +95,11 @@ class LayeredReader:
 
     def __init__(self, readers: Iterable[WeightsReader], aliases: Mapping[str, str] | None = None) -> None:
         self.readers = list(readers)
-        self._aliases = dict(aliases or {})
+        self.aliases = dict(aliases or {})
 
     def find(self, name: str) -> tuple[WeightsReader, str] | None:
         """The reader that has it, and its name there (tied tensors may be stored under the other name)."""
-        for known in (name, self._aliases.get(name)):
+        for known in (name, self.aliases.get(name)):
             for reader in self.readers:
                 if known is not None and known in reader:
                     return reader, known

@@ -248,7 +248,9 @@ class CheckpointWriter:
         try:
             result = work()
         except _FAILURES as error:
-            where = f" (rank {self._processes.rank} on {self._processes.host})" if self._processes.world_size > 1 else ""
+            where = (
+                f" (rank {self._processes.rank} on {self._processes.host})" if self._processes.world_size > 1 else ""
+            )
             failure = f"{_reason(error)}{where}"
         outcomes = self._processes.gather((result, failure))
         if failed := next((failure for _, failure in outcomes if failure is not None), None):
@@ -351,22 +353,17 @@ class _Inventory:
         return content | twins
 
     def indexes(self, tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-        """``model.safetensors.index.json`` and EMA's: the checkpoint as one model, where its weights lie in two files."""
+        """Where weights lie in two files: ``model.safetensors.index.json`` and EMA's make them one model."""
         if not self.layered:
             return {}
         texts = {}
         for kind in ("model", "ema"):
             weight_map = {name: file for file in (FROZEN, TRAINED[kind]) for name in tensors[file]}
-            sizes = (
-                dtype.itemsize * _count(shape) for file in (FROZEN, TRAINED[kind]) for dtype, shape in tensors[file].values()
-            )
-            content = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(weight_map.items()))}
+            entries = [entry for file in (FROZEN, TRAINED[kind]) for entry in tensors[file].values()]
+            size = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in entries)
+            content = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             texts[f"{WHOLE[kind]}.index.json"] = json.dumps(content, indent=2) + "\n"
         return texts
-
-
-def _count(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
@@ -486,7 +483,9 @@ def _check_same_parameters(saved: set[str], trained: set[str], folder: Path) -> 
             f"{folder} did not train {len(missing)} parameters that now do, e.g. {missing[0]}: {remedy}"
         )
     if extra := sorted(saved - trained):
-        raise CheckpointError(f"{folder} trained {len(extra)} parameters that are now frozen, e.g. {extra[0]}: {remedy}")
+        raise CheckpointError(
+            f"{folder} trained {len(extra)} parameters that are now frozen, e.g. {extra[0]}: {remedy}"
+        )
 
 
 # ---------------------------------------------------------------- files

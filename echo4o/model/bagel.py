@@ -34,11 +34,13 @@ class BagelOutput:
         mse: (n_mse, p·p·C) squared velocity errors in the order of ``mse_loss_indexes``; None if there are none.
         ce: (n_ce,) cross-entropies in the order of ``ce_loss_indexes``; None if there are none.
         last_hidden_state: (sequence_length, hidden) in sequence order, if asked for.
+        nothing: where there are neither, a zero that depends on every parameter all the same.
     """
 
     mse: Tensor | None
     ce: Tensor | None
     last_hidden_state: Tensor | None
+    nothing: Tensor | None = None
 
 
 class Bagel(nn.Module):
@@ -214,9 +216,10 @@ class Bagel(nn.Module):
         mse, no_mse = self._velocity_error(batch, hidden.gen, gen_at, target, order)
         ce, no_ce = self._next_token_error(batch, hidden.und, und_at)
         # A head without tokens still runs, on none: every parameter gets a gradient, whatever the batch lacks.
+        nothing = no_mse + no_ce if no_mse is not None and no_ce is not None else None
         mse = mse if mse is None or no_ce is None else mse + no_ce
         ce = ce if ce is None or no_mse is None else ce + no_mse
-        return BagelOutput(mse, ce, order.to_sequence(hidden) if return_hidden else None)
+        return BagelOutput(mse, ce, order.to_sequence(hidden) if return_hidden else None, nothing)
 
     def hidden_states(
         self, batch: PackedBatch, latents: Tensor | None, times: Tensor | None, attend: Attention

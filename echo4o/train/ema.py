@@ -68,9 +68,7 @@ class EMA:
 
     def pieces(self) -> dict[str, Piece]:
         """The average as pieces, laid out as the weights; views, so that filling them loads them."""
-        return {
-            name: dataclasses.replace(piece, values=self.shadow[name]) for name, piece in self._trained.items()
-        }
+        return {name: dataclasses.replace(piece, values=self.shadow[name]) for name, piece in self._trained.items()}
 
     def continue_average(self) -> None:
         """The average was loaded (an upstream ``ema.safetensors``): it is nothing to be forgotten."""

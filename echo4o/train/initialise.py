@@ -1,18 +1,24 @@
-"""The model a run starts from: a BAGEL folder, one of our checkpoints, or parts (language model, ViT, VAE)."""
+"""The model a run starts from: a BAGEL folder, one of our checkpoints, or parts (language model, ViT, VAE).
+
+Where its weights lie in files, the model stays on the meta device; the engine has each process read its own share.
+"""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from echo4o.checkpoint.slices import LayeredReader, WeightsReader
+from echo4o.checkpoint.train_state import weights_of
 from echo4o.checkpoint.weights import load_llm_part, load_vit_part
 from echo4o.config import ConfigError, LoadPlan, RunConfig
 from echo4o.model import Bagel, BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from echo4o.model.config import SCALAR_FILES
-from echo4o.model.pretrained import find_weights, read_shapes, shard_files
+from echo4o.model.pretrained import find_weights, read_shapes
 from echo4o.model.vae import WEIGHTS_FILE, infer_config
 
 #: What a config file with unexpected content makes of reading it.
@@ -24,17 +30,17 @@ _CONFIG_NAMES = {"llm_qk_norm": "qk_norm"}
 
 @dataclass
 class InitialModel:
-    """A model with its weights, and what the banner says about them.
+    """A model, where its weights are, and what the banner says about them.
 
     Attributes:
         source: the weights' origin in words.
-        unexpected: tensors of the file that the model does not use.
-        weights_file: what was read, None for random or assembled weights.
+        reader: of its weights, where they lie in files: the model is on the meta device then.
+        weights_file: the file that a new run starts from, None for other starts.
     """
 
     model: Bagel
     source: str
-    unexpected: list[str]
+    reader: LayeredReader | None = None
     weights_file: Path | None = None
 
     @property
@@ -57,21 +63,70 @@ def architecture_of(plan: LoadPlan, config: RunConfig) -> BagelConfig:
 
 
 def initial_model(plan: LoadPlan, architecture: BagelConfig, config: RunConfig) -> InitialModel:
-    """Build the model and read its weights.
+    """Build the model and find its weights; reading them is the engine's.
 
     Raises:
-        ConfigError: if weights are missing or have another shape.
+        ConfigError: if weights are missing.
     """
     if plan.resume_from:
-        return _from_weights(plan.resume_from, "model", architecture)
+        return _from_checkpoint(plan, architecture, config)
     if plan.init_from:
-        return _from_weights(plan.init_from, plan.init_weights, architecture)
+        path = _weights_file(plan.init_from, plan.init_weights)
+        return InitialModel(_on_meta(architecture), str(path), _reader([path], architecture), path)
     if plan.from_parts:
         return _from_parts(architecture, config)
-    return InitialModel(Bagel(architecture), f"RANDOM numbers (seed {config.training.global_seed})", [])
+    return InitialModel(Bagel(architecture), f"RANDOM numbers (seed {config.training.global_seed})")
 
 
-def _from_weights(folder: str | Path, weights: str | None, architecture: BagelConfig) -> InitialModel:
+def _from_checkpoint(plan: LoadPlan, architecture: BagelConfig, config: RunConfig) -> InitialModel:
+    """Weights of a training checkpoint, over those of its base where it holds adapters only."""
+    folder = Path(plan.resume_from or "")
+    try:
+        readers = weights_of(folder)
+        base = adapter_base(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} cannot be resumed: {_reason(error)}") from error
+    source = str(folder)
+    if base is not None:
+        path = _base_file(base, folder, config)
+        readers.append(WeightsReader(path))
+        source = f"{folder} (adapters) over {path}"
+    if not readers:
+        raise ConfigError(f"{folder} holds no weights; take another checkpoint")
+    aliases = _aliases(architecture)
+    return InitialModel(_on_meta(architecture), source, LayeredReader(readers, aliases))
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The weights that a LoRA checkpoint's adapters belong to."""
+
+    folder: str
+    weights: str | None
+
+
+def adapter_base(folder: Path) -> AdapterBase | None:
+    """The base that ``adapter_config.json`` of a checkpoint names; None if there are no adapters."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return AdapterBase(content["base_model_name_or_path"], content.get("base_weights"))
+
+
+def _base_file(base: AdapterBase, folder: Path, config: RunConfig) -> Path:
+    """The base that a LoRA checkpoint names, or, if it has moved, the one that the settings start from."""
+    stated = config.training.init_from
+    for candidate in (base.folder, stated):
+        if candidate and Path(candidate).is_dir() and (path := find_weights(candidate, base.weights)) is not None:
+            return path
+    raise ConfigError(
+        f"{folder} holds LoRA adapters of {base.folder}, which is not there any more. Say where it is now: --init_from "
+        "FOLDER beside --auto_resume True."
+    )
+
+
+def _weights_file(folder: str | Path, weights: str | None) -> Path:
     path = find_weights(folder, weights)
     if path is None:
         wanted = f"{weights}.safetensors" if weights else "ema.safetensors or model.safetensors"
@@ -79,18 +134,25 @@ def _from_weights(folder: str | Path, weights: str | None, architecture: BagelCo
             f"{folder} has no {wanted} (nor a sharded index of it). Download it, or choose other weights with "
             "--init_weights."
         )
+    return path
+
+
+def _reader(paths: list[Path], architecture: BagelConfig) -> LayeredReader:
     try:
-        size = sum(file.stat().st_size for file in shard_files(path))
-        print(f"reading {path} ({size / 1e9:.2f} GB) …", flush=True)
-        started = time.perf_counter()
-        model = Bagel.from_pretrained(folder, weights=weights, config=architecture)
-        names = set(model.state_dict(keep_vars=True))
-        unexpected = [name for name in read_shapes(path) if name not in names]
-    except (ValueError, FileNotFoundError) as error:
+        return LayeredReader([WeightsReader(path) for path in paths], _aliases(architecture))
+    except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    seconds = time.perf_counter() - started
-    print(f"read in {seconds:.1f} s ({size / 1e9 / max(seconds, 1e-9):.2f} GB/s)", flush=True)
-    return InitialModel(model, str(path), unexpected, path)
+
+
+def _aliases(architecture: BagelConfig) -> dict[str, str]:
+    """Tied embeddings may be stored under either name."""
+    head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+    return {head: embedding, embedding: head} if architecture.llm.tie_word_embeddings else {}
+
+
+def _on_meta(architecture: BagelConfig) -> Bagel:
+    with torch.device("meta"):
+        return Bagel(architecture)
 
 
 def folder_config(folder: str | Path, config: RunConfig) -> BagelConfig:
@@ -170,7 +232,7 @@ def _from_parts(architecture: BagelConfig, config: RunConfig) -> InitialModel:
     notes = [f"language model {paths.llm_path}"] + [f"ViT {paths.vit_path}"] * architecture.visual_und
     notes += [f"{len(copied)} generation tensors copied from understanding"] if copied else []
     notes += [f"{len(random)} of its tensors initialised here, e.g. {random[0]}"] if random else []
-    return InitialModel(model, f"parts: {'; '.join(notes)}; connector and latent heads initialised here", [])
+    return InitialModel(model, f"parts: {'; '.join(notes)}; connector and latent heads initialised here")
 
 
 def parts_config(config: RunConfig) -> BagelConfig:

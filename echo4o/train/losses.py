@@ -68,6 +68,7 @@ def micro_loss(
     mse_weight: float = 1.0,
     ce_weight: float = 1.0,
     ce_loss_reweighting: bool = False,
+    nothing: Tensor | None = None,
 ) -> MicroLoss:
     """Weigh and normalise what the model returned.
 
@@ -75,9 +76,10 @@ def micro_loss(
         mse: (n_mse, channels) squared errors, or None.
         ce: (n_ce,) cross-entropies, or None.
         totals: token counts of the whole step.
+        nothing: the zero to differentiate where there is no loss (sharded engines need a backward pass on every rank).
     """
     parts: list[Tensor] = []
-    result = MicroLoss(None, None, None, None, None)
+    result = MicroLoss(nothing, None, None, None, None)
     if ce is not None and ce.numel():
         ce = ce.float()
         weighted = (

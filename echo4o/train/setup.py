@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,24 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from echo4o.checkpoint import train_state
+from echo4o.checkpoint import folders, train_state
+from echo4o.checkpoint.folders import CheckpointError
+from echo4o.checkpoint.slices import LayeredReader, WeightsReader
+from echo4o.checkpoint.train_state import CheckpointWriter
 from echo4o.config import ConfigError, LoadPlan, RunConfig, plan_loading, save_resolved, validate
 from echo4o.data.loader import PackedLoader
+from echo4o.data.resume import plan_resume
 from echo4o.data.sources import SourceGroup
 from echo4o.data.tokenizer import SpecialTokens, Tokenizer
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.attention import KernelError, resolve_kernel
-from echo4o.model.pretrained import iter_tensors
 from echo4o.model.vae import WEIGHTS_FILE, AutoEncoder
 from echo4o.train.banner import available_memory, banner, estimate_memory
 from echo4o.train.data import build_groups, build_loader, build_tokenizer
 from echo4o.train.ema import EMA
-from echo4o.train.engine import Engine, SingleProcessEngine
+from echo4o.train.engine import Engine, build_engine
+from echo4o.train.engine.single import resolve_device
 from echo4o.train.initialise import InitialModel, architecture_of, initial_model, vae_file
 from echo4o.train.metrics import METRICS_FILE, MetricsFile, Sink, TensorBoardSink, WandbSink
-from echo4o.train.optim import build_adamw, freeze, lr_schedule, trainable_parameters
+from echo4o.train.optim import build_adamw, freeze, lr_schedule
 from echo4o.train.parallelize import apply_activation_checkpointing, compile_blocks
+from echo4o.train.processes import Processes
+from echo4o.train.reading import cast_frozen, check_weights, reading
 from echo4o.train.throughput import Throughput, find_peak_tflops
 
 logger = logging.getLogger(__name__)
@@ -41,6 +47,7 @@ class Run:
     """Everything the loop uses.
 
     Attributes:
+        packs_per_rank: micro-batches of an optimiser step on this rank.
         step: optimiser steps taken; the next one is ``step + 1``.
         trainer_state: what the trainer put into the checkpoint that is resumed.
     """
@@ -55,9 +62,11 @@ class Run:
     ema: EMA
     schedule: Callable[[int], float]
     throughput: Throughput
+    packs_per_rank: int = 1
     sinks: list[Sink] = field(default_factory=list)
     step: int = 0
     trainer_state: dict[str, Any] = field(default_factory=dict)
+    frozen_file: Path | None = None
 
     @property
     def total_steps(self) -> int:
@@ -79,14 +88,27 @@ class Run:
             train_state.link_or_copy(self.vae_path, folder / WEIGHTS_FILE)
         save_resolved(self.config, folder / CONFIG_FILE)
 
+    def checkpoint_writer(self) -> CheckpointWriter:
+        training = self.config.training
+        return CheckpointWriter(
+            training.checkpoint_dir,
+            self.engine,
+            self.ema,
+            self.write_assets,
+            keep_last_n=training.keep_last_n,
+            keep_every=training.keep_every,
+            asynchronous=training.async_save,
+            frozen_file=self.frozen_file,
+        )
+
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
         self.loader.close()
 
 
-def set_up(config: RunConfig) -> Run:
-    """Check the settings, build everything, resume if asked to, and print the banner.
+def set_up(config: RunConfig, processes: Processes) -> Run:
+    """Check the settings, build everything, resume if asked to, and print the banner. Called by all ranks alike.
 
     Raises:
         ConfigError: for anything that cannot work, with the remedy.
@@ -96,26 +118,30 @@ def set_up(config: RunConfig) -> Run:
         logger.warning(note)
     for flag in ("results_dir", "checkpoint_dir"):
         _require_writable(flag, getattr(training, flag))
-    plan = plan_loading(config, train_state.latest(training.checkpoint_dir) if training.auto_resume else None)
-    engine = _build_engine(config)
-    torch.manual_seed(training.global_seed * engine.world_size + engine.rank)
+    device = _join(config, processes)
+    newest = str(folders.latest(training.checkpoint_dir) or "") if training.auto_resume and not processes.rank else ""
+    plan = plan_loading(config, processes.broadcast(newest) or None)
+    packs_per_rank, pack_note = _packs_per_rank(plan, config, processes)
+    engine = build_engine(config, processes, device, packs_per_rank)
+    torch.manual_seed(training.global_seed)  # a model that is initialised here is the same on every rank
 
     architecture = architecture_of(plan, config)
     tokenizer, special_tokens = build_tokenizer(plan)
     groups = build_groups(config, architecture, tokenizer, special_tokens)
-    loader = build_loader(config, architecture, special_tokens, groups, engine)
+    loader = build_loader(config, architecture, special_tokens, groups, engine, packs_per_rank)
     vae, vae_path = _build_vae(plan, config, architecture, engine)
     initial = initial_model(plan, architecture, config)
     model, model_config = initial.model, initial.config
     _fit_vocabulary(model, tokenizer, special_tokens)
 
     freeze(model, freeze_llm=training.freeze_llm, freeze_vit=training.freeze_vit)
-    apply_activation_checkpointing(model, training.activation_checkpointing)
+    apply_activation_checkpointing(model, training.activation_checkpointing, training.lora_dropout > 0)
     if training.compile:
         compile_blocks(model)
-    _prepare(engine, model, config)
-    ema = EMA(trainable_parameters(engine.module), training.ema, training.ema_bias_correction)
+    unexpected = _prepare(engine, initial, config)
+    ema = EMA(engine.trained(), training.ema, training.ema_bias_correction, training.ema_offload)
     _start_average(ema, plan, initial)
+    torch.manual_seed(training.global_seed * engine.world_size + engine.rank)
 
     run = Run(
         config=config,
@@ -133,14 +159,40 @@ def set_up(config: RunConfig) -> Run:
             config.data.max_num_tokens,
             find_peak_tflops(engine.device, engine.compute_dtype, training.peak_device_tflops),
         ),
+        packs_per_rank=packs_per_rank,
     )
     if plan.resume_from:
         _resume(run, plan.resume_from)
     _set_aside_later_checkpoints(run, plan)
     run.sinks = _build_sinks(run)
     if engine.rank == 0:
-        print(_banner(run, plan, initial, groups), flush=True)
+        print(_banner(run, plan, initial, unexpected, groups, pack_note), flush=True)
     return run
+
+
+def _join(config: RunConfig, processes: Processes) -> torch.device:
+    """This process' device; joins the process group before anything slow begins."""
+    try:
+        device = resolve_device(config.training.device, processes.local_rank)
+        resolve_kernel(config.training.attention_kernel, device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        processes.start(device)
+    except (KernelError, ValueError, RuntimeError) as error:
+        raise ConfigError(str(error)) from error
+    return device
+
+
+def _packs_per_rank(plan: LoadPlan, config: RunConfig, processes: Processes) -> tuple[int, str]:
+    """Micro-batches of a step on this rank, and a note where a resumed run needs others than the settings say."""
+    training = config.training
+    if not plan.resume_from or not training.resume_data:
+        return training.gradient_accumulation_steps, ""
+    try:
+        saved = train_state.read_rank(plan.resume_from, 0)["data"]
+    except (CheckpointError, KeyError) as error:
+        raise ConfigError(f"{plan.resume_from} cannot be resumed: {error}") from error
+    return plan_resume(saved, processes.world_size, training.gradient_accumulation_steps, training.keep_packs_per_step)
 
 
 # ---------------------------------------------------------------- checks
@@ -155,21 +207,6 @@ def _require_writable(flag: str, folder: str) -> None:
         raise ConfigError(
             f"{flag} is {folder}, which cannot be written ({error.strerror}). Choose another folder with --{flag}."
         ) from error
-
-
-def _build_engine(config: RunConfig) -> Engine:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise ConfigError(
-            f"{world_size} processes were started, but this version trains in one. Start it with --nproc_per_node 1, "
-            "or without torchrun."
-        )
-    try:
-        engine = SingleProcessEngine(config.training.device, config.training.dtype)
-        resolve_kernel(config.training.attention_kernel, engine.device)
-    except (KernelError, ValueError, RuntimeError) as error:
-        raise ConfigError(str(error)) from error
-    return engine
 
 
 # ---------------------------------------------------------------- model
@@ -202,20 +239,28 @@ def _fit_vocabulary(model: Bagel, tokenizer: Tokenizer, special_tokens: SpecialT
     logger.warning("word embeddings grown from %d to %d rows for the marker tokens", rows, needed)
 
 
-def _prepare(engine: Engine, model: Bagel, config: RunConfig) -> None:
-    training = config.training
-    try:
-        engine.prepare(
-            model,
-            lambda module: build_adamw(
-                module,
-                lr=training.lr,
-                beta1=training.beta1,
-                beta2=training.beta2,
-                eps=training.eps,
-                weight_decay=training.weight_decay,
-            ),
+def _prepare(engine: Engine, initial: InitialModel, config: RunConfig) -> list[str]:
+    """Shard the model, read its weights, build the optimiser; returns the file's unused tensors."""
+    training, model = config.training, initial.model
+
+    def optimizer(module: nn.Module) -> torch.optim.Optimizer:
+        return build_adamw(
+            module,
+            lr=training.lr,
+            beta1=training.beta1,
+            beta2=training.beta2,
+            eps=training.eps,
+            weight_decay=training.weight_decay,
         )
+
+    unexpected, read = [], None
+    if initial.reader is not None:
+        unexpected = check_weights(model, initial.reader, initial.source)
+        read = reading(model, initial.reader, initial.source, show=engine.rank == 0)
+    dtypes = initial.reader.dtypes() if initial.reader is not None else {}
+    cast_frozen(model, dtypes, training.frozen_dtype, engine.compute_dtype)
+    try:
+        engine.prepare(model, optimizer, read)
         model.set_attention_kernel(training.attention_kernel)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
@@ -224,6 +269,7 @@ def _prepare(engine: Engine, model: Bagel, config: RunConfig) -> None:
         ) from error
     except (KernelError, ValueError) as error:
         raise ConfigError(str(error)) from error
+    return unexpected
 
 
 def _start_average(ema: EMA, plan: LoadPlan, initial: InitialModel) -> None:
@@ -233,8 +279,11 @@ def _start_average(ema: EMA, plan: LoadPlan, initial: InitialModel) -> None:
         return
     beside = path.with_name(path.name.replace("model.", "ema.", 1))
     if beside.exists():
-        for name, tensor in iter_tensors(beside):
-            ema.load_average({name: tensor})
+        reader = LayeredReader([WeightsReader(beside)], initial.reader.aliases if initial.reader else {})
+        for name, piece in ema.pieces().items():
+            if (found := reader.find(name)) is not None:
+                found[0].fill(found[1], piece)
+        ema.continue_average()
         logger.info("EMA starts from %s", beside)
         if ema.bias_correction:
             logger.warning("ema_bias_correction: no effect, the average loaded from %s is continued", beside)
@@ -253,27 +302,29 @@ def _schedule(config: RunConfig) -> Callable[[int], float]:
 
 def _resume(run: Run, folder: str) -> None:
     try:
-        progress = train_state.load(folder, run.engine, run.ema)
-    except train_state.CheckpointError as error:
+        # The weights were read when the model was placed.
+        training = train_state.load(folder, run.engine, run.ema, weights=False)
+        if run.config.training.resume_data:
+            run.loader.load_state_dict(lambda rank: train_state.read_rank(folder, rank)["data"], training["world_size"])
+        else:
+            logger.warning("resume_data False: the data begins anew; weights, EMA, optimiser and step are resumed")
+    except CheckpointError as error:
         raise ConfigError(str(error)) from error
-    if run.config.training.resume_data:
-        run.loader.load_state_dict(progress.rank["data"])
-    else:
-        logger.warning("resume_data False: the data begins anew; weights, EMA, optimiser and step are resumed")
-    run.step = progress.step
-    run.trainer_state = progress.trainer
+    run.step = int(training["step"])
+    run.trainer_state = training
+    run.frozen_file = Path(folder) / train_state.FROZEN
 
 
 def _set_aside_later_checkpoints(run: Run, plan: LoadPlan) -> None:
     folder = Path(run.config.training.checkpoint_dir)
-    later = {train_state.step_folder(folder, step).resolve() for step in train_state.steps(folder) if step > run.step}
+    later = {folders.step_folder(folder, step).resolve() for step in folders.steps(folder) if step > run.step}
     for used in (plan.init_from, plan.configs_from):
         if used and Path(used).resolve() in later:
             raise ConfigError(
                 f"a new run starts from {used}, which lies in its own checkpoint_dir {folder}. Choose another "
                 "--checkpoint_dir, or continue that run with --auto_resume True."
             )
-    if run.engine.rank == 0 and (moved := train_state.set_aside_later(folder, run.step)):
+    if run.engine.rank == 0 and (moved := folders.set_aside_later(folder, run.step)):
         logger.warning(
             "%s held checkpoints beyond step %d, where this run starts: they are now in %s "
             "(--auto_resume True would continue that run)",
@@ -281,6 +332,7 @@ def _set_aside_later_checkpoints(run: Run, plan: LoadPlan) -> None:
             run.step,
             moved,
         )
+    run.engine.barrier()
 
 
 # ---------------------------------------------------------------- output
@@ -315,9 +367,16 @@ def _build_sinks(run: Run) -> list[Sink]:
     return sinks
 
 
-def _banner(run: Run, plan: LoadPlan, initial: InitialModel, groups: list[SourceGroup]) -> str:
+def _banner(
+    run: Run,
+    plan: LoadPlan,
+    initial: InitialModel,
+    unexpected: list[str],
+    groups: list[SourceGroup],
+    pack_note: str,
+) -> str:
     training, data, engine = run.config.training, run.config.data, run.engine
-    tokens = training.expected_num_tokens * training.gradient_accumulation_steps * engine.world_size
+    tokens = training.expected_num_tokens * run.packs_per_rank * engine.world_size
     dtype = str(engine.compute_dtype).removeprefix("torch.")
     memory = estimate_memory(
         initial.model,
@@ -334,12 +393,15 @@ def _banner(run: Run, plan: LoadPlan, initial: InitialModel, groups: list[Source
             f"{group.name}: {len(group.source):,} rows, weight {group.weight:g}{', mandatory' * group.is_mandatory}"
             for group in groups
         ),
-        "device": f"{engine.device}, {dtype} products, attention {engine.module.attention_kernel}",
+        "device": f"{engine.device}, {dtype} products, attention {initial.model.attention_kernel}",
+        "processes": f"{engine.world_size} on {engine.processes.num_nodes} machine(s); {engine.describe()}",
+        **({"packs": pack_note} if pack_note else {}),
+        **({"notes": "; ".join(notes)} if (notes := getattr(engine, "notes", [])) else {}),
         "output": f"{training.results_dir}, checkpoints in {training.checkpoint_dir}",
     }
     return banner(
         source=initial.source,
-        unexpected=initial.unexpected,
+        unexpected=unexpected,
         model=initial.model,
         memory=memory,
         available=available_memory(engine.device),

@@ -10,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from echo4o.checkpoint import train_state
-from echo4o.checkpoint.train_state import CheckpointError, Progress
+from echo4o.checkpoint.folders import CheckpointError
+from echo4o.checkpoint.train_state import Progress, Saved
 from echo4o.config import RunConfig
 from echo4o.packed import PackedBatch
 from echo4o.train.console import ConsoleProgress
 from echo4o.train.latents import encode_batch
 from echo4o.train.losses import LossBreakdown, StepTotals, micro_loss
 from echo4o.train.metrics import PLOT_FILE, plot_losses
+from echo4o.train.processes import Processes
 from echo4o.train.setup import Run, set_up
 from echo4o.train.stopping import StopRequest
 
@@ -47,12 +47,15 @@ def train(config: RunConfig) -> None:
         RunError: if the device's memory or the disk does not suffice.
         CheckpointError: if the last checkpoint cannot be written.
     """
-    run = set_up(config)
+    processes = Processes.from_environment(config.training.dist_timeout)
+    run = set_up(config, processes)
     try:
         with StopRequest() as stop, ConsoleProgress(run.total_steps, run.step, enabled=run.engine.rank == 0) as console:
             Trainer(run, console, stop).fit()
     finally:
         run.close()
+    processes.barrier()
+    processes.close()
 
 
 @dataclass
@@ -76,6 +79,8 @@ class Trainer:
         self.console = console
         self.stop = stop
         self.workers_started = False
+        self.stop_agreed = False
+        self.writer = run.checkpoint_writer()
         self.breakdown = LossBreakdown()
         self.breakdown.load_state_dict(run.trainer_state.get("breakdown", {}))
         self.skipped_steps = int(run.trainer_state.get("skipped_steps", 0))
@@ -97,13 +102,15 @@ class Trainer:
             if step % self.config.log_every == 0 or step == run.total_steps:
                 self.log(result)
             self.console.advance(step)
-            if self.should_stop():
-                self.save()
-                self.console.say(f"{self.stop.reason}: saved step {step}; continue with --auto_resume True")
+            if self.stop_agreed:
+                self.save(last=True)
+                reason = self.stop.reason or "another rank was stopped"
+                self.console.say(f"{reason}: saved step {step}; continue with --auto_resume True")
                 return
             if step % self.config.save_every == 0 and step < run.total_steps:
-                self.save(may_fail=True)
-        self.save()
+                self.save()
+            self.report(self.writer.poll())
+        self.save(last=True)
 
     # ------------------------------------------------------------ one step
 
@@ -115,7 +122,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if not self.workers_started and self.run.config.data.num_workers:
                 stack.enter_context(self.stop.held_back())
-            micro_batches = [next(batches) for _ in range(self.config.gradient_accumulation_steps)]
+            micro_batches = [next(batches) for _ in range(self.run.packs_per_rank)]
         self.workers_started = True
         return micro_batches
 
@@ -132,10 +139,12 @@ class Trainer:
             losses.append(loss)
         grad_norm = engine.clip_grad_norm(config.max_grad_norm)
         # Read the losses only now: on a GPU each look at a number waits for all work before it.
-        shares = torch.zeros(2, dtype=torch.float64)
+        shares = torch.zeros(3, dtype=torch.float64)
         for loss in losses:
-            shares += torch.tensor([float(part or 0.0) for part in (loss.ce, loss.mse)], dtype=torch.float64)
-        ce, mse = engine.all_reduce_sum(shares).tolist()
+            shares[:2] += torch.tensor([float(part or 0.0) for part in (loss.ce, loss.mse)], dtype=torch.float64)
+        shares[2] = self.stop.reason is not None
+        ce, mse, num_stopped = engine.all_reduce_sum(shares).tolist()
+        self.stop_agreed = num_stopped > 0
         result = StepResult(
             loss=config.ce_weight * ce + config.mse_weight * mse,
             mse=mse if totals.mse else None,
@@ -145,7 +154,7 @@ class Trainer:
         )
         if math.isfinite(result.loss) and math.isfinite(grad_norm):
             for group in engine.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_scale", 1.0)
             engine.step()
             run.ema.update()
             for batch, loss in zip(micro_batches, losses, strict=True):
@@ -171,6 +180,7 @@ class Trainer:
             mse_weight=config.mse_weight,
             ce_weight=config.ce_weight,
             ce_loss_reweighting=config.ce_loss_reweighting,
+            nothing=output.nothing,
         )
 
     # ------------------------------------------------------------ bookkeeping
@@ -222,12 +232,8 @@ class Trainer:
                 ) from error
         self.console.log(run.step, values)
 
-    def should_stop(self) -> bool:
-        """True on every rank if any was asked to stop."""
-        return any(self.run.engine.gather(self.stop.reason is not None))
-
-    def save(self, may_fail: bool = False) -> None:
-        """Write a checkpoint and the loss plot. A periodic save may fail (full disk): training goes on."""
+    def save(self, *, last: bool = False) -> None:
+        """Save and draw the loss plot. Training survives a periodic save that fails (full disk), but not the `last`."""
         run = self.run
         trainer = {
             "breakdown": self.breakdown.state_dict(),
@@ -235,19 +241,25 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
         }
         progress = Progress(run.step, trainer, {"data": run.loader.state_dict()})
-        started = time.perf_counter()
         with run.throughput.paused():
             try:
-                folder = train_state.save(
-                    self.config.checkpoint_dir, progress, run.engine, run.ema, run.write_assets, self.config.keep_last_n
-                )
-                self.console.say(f"saved {folder} in {time.perf_counter() - started:.1f} s")
+                self.report(self.writer.save(progress, wait=last))
             except CheckpointError as error:
-                if not may_fail:
+                if last:
                     raise
                 logger.warning("%s; training goes on, the previous checkpoint is untouched", error)
+            self.report(self.writer.wait() if last else self.writer.poll())
             if run.engine.rank == 0:
                 self.plot()
+
+    def report(self, saved: Saved | None) -> None:
+        """Say how a save ended that was under way."""
+        if saved is None:
+            return
+        if saved.error is not None:
+            logger.warning("%s; training goes on, the previous checkpoint is untouched", saved.error)
+        else:
+            self.console.say(f"saved {saved.folder} in {saved.seconds:.1f} s (training waited {saved.stalled:.1f} s)")
 
     def plot(self) -> None:
         metrics = self.run.metrics_path

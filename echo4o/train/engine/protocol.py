@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from echo4o.checkpoint.pieces import Piece
+from echo4o.train.processes import Processes
 
 T = TypeVar("T")
 Read = Callable[[Mapping[str, Piece]], None]
@@ -24,13 +25,14 @@ class Engine(Protocol):
 
     Attributes:
         device: where batches go.
-        rank / world_size: this process among all.
+        rank / world_size: this process among all; `processes` says more of them.
         compute_dtype: dtype of matrix products; the master weights of what trains are float32.
         module: the prepared model.
         optimizer: has ``param_groups``; the trainer writes the learning rate there.
     """
 
     device: torch.device
+    processes: Processes
     rank: int
     world_size: int
     compute_dtype: torch.dtype

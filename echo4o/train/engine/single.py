@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from echo4o.checkpoint.names import public_name
 from echo4o.checkpoint.pieces import Piece, piece_of
 from echo4o.train.engine.consolidation import consolidate
 from echo4o.train.engine.protocol import Read
-from echo4o.checkpoint.names import public_name
 from echo4o.train.processes import Processes
 
 T = TypeVar("T")
