@@ -305,6 +305,27 @@ class CheckpointWriter:
         prune(self.checkpoint_dir, *self._keep)
 
 
+def save(
+    checkpoint_dir: str | Path,
+    progress: Progress,
+    engine: Engine,
+    ema: EMA,
+    write_assets: Callable[[Path], None],
+    keep_last_n: int = 0,
+    keep_every: int = 0,
+) -> Path:
+    """One checkpoint, written at once; see `CheckpointWriter`, which a run uses.
+
+    Raises:
+        CheckpointError: if anything fails; earlier checkpoints are untouched then.
+    """
+    writer = CheckpointWriter(
+        checkpoint_dir, engine, ema, write_assets, keep_last_n=keep_last_n, keep_every=keep_every, asynchronous=False
+    )
+    writer.save(progress)
+    return step_folder(checkpoint_dir, progress.step)
+
+
 @dataclass
 class _Inventory:
     """Which tensor goes into which file.

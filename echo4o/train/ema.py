@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from echo4o.checkpoint.pieces import Piece
+from echo4o.checkpoint.pieces import Piece, flat, piece_of
 
 #: A number of updates after which nothing is left to correct, whatever the decay.
 WARMED_UP = 2**40
@@ -23,7 +23,8 @@ class EMA:
     (`continue_average`) is continued, not forgotten: the correction counts as over.
 
     Args:
-        trained: name → this process' piece of everything that trains (frozen tensors are their own average).
+        trained: name → this process' piece of everything that trains (frozen tensors are their own average); or the
+            parameters themselves, where nothing is sharded.
         offload: keep the average in host memory; every update then copies the weights there.
 
     Raises:
@@ -31,7 +32,7 @@ class EMA:
     """
 
     def __init__(
-        self, trained: Mapping[str, Piece], decay: float, bias_correction: bool = False, offload: bool = False
+        self, trained: Mapping[str, Piece | Tensor], decay: float, bias_correction: bool = False, offload: bool = False
     ) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(
@@ -40,10 +41,12 @@ class EMA:
         self.decay = decay
         self.bias_correction = bias_correction
         self.num_updates = 0
-        self._trained = dict(trained)
+        self._trained = {
+            name: piece_of(value.detach()) if isinstance(value, Tensor) else value for name, value in trained.items()
+        }
         self._offload = offload
         self.shadow: dict[str, Tensor] = {
-            name: piece.values.to("cpu" if offload else piece.values.device, torch.float32, copy=True)
+            name: _shaped(piece, piece.values.to("cpu" if offload else piece.values.device, torch.float32, copy=True))
             for name, piece in self._trained.items()
         }
 
@@ -58,7 +61,7 @@ class EMA:
     def update(self) -> None:
         self.num_updates += 1
         decay = self.current_decay()
-        averages = list(self.shadow.values())
+        averages = [flat(average) for average in self.shadow.values()]
         values = [piece.values.float() for piece in self._trained.values()]
         if self._offload:
             values = [value.cpu() for value in values]
@@ -68,9 +71,16 @@ class EMA:
 
     def pieces(self) -> dict[str, Piece]:
         """The average as pieces, laid out as the weights; views, so that filling them loads them."""
-        return {name: dataclasses.replace(piece, values=self.shadow[name]) for name, piece in self._trained.items()}
+        return {
+            name: dataclasses.replace(piece, values=flat(self.shadow[name])) for name, piece in self._trained.items()
+        }
 
     def continue_average(self) -> None:
         """The average was loaded (an upstream ``ema.safetensors``): it is nothing to be forgotten."""
         # Saved with the checkpoint, and so kept on resume.
         self.num_updates = max(self.num_updates, WARMED_UP)
+
+
+def _shaped(piece: Piece, values: Tensor) -> Tensor:
+    """A tensor that is here as a whole has its shape; of others there is the run of elements."""
+    return values.reshape(piece.shape) if values.numel() == piece.num_elements else values

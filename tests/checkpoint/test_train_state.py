@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import random
 import resource
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
-from echo4o.checkpoint import train_state
-from echo4o.checkpoint.train_state import CheckpointError, Progress
+from echo4o.checkpoint import folders, train_state
+from echo4o.checkpoint.folders import CheckpointError
+from echo4o.checkpoint.train_state import Progress
 from echo4o.model import Bagel
 from echo4o.train.ema import EMA
 from echo4o.train.engine import SingleProcessEngine
@@ -54,6 +60,11 @@ class Training:
         return train_state.save(folder, progress, self.engine, self.ema, assets, keep_last_n)
 
 
+def names(folder: Path) -> list[str]:
+    """Everything in a checkpoint folder but the link to the newest."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "latest")
+
+
 @pytest.mark.parametrize("case", ["multiref", "extra/tied", "extra/und_only"])
 def test_round_trip_continues_to_the_bit(case: str, parity: Path, tmp_path: Path) -> None:
     whole = Training(parity / case).steps(2)
@@ -62,10 +73,11 @@ def test_round_trip_continues_to_the_bit(case: str, parity: Path, tmp_path: Path
 
     resumed = Training(parity / case)
     resumed.steps(1)  # state of its own, to be overwritten
-    progress = train_state.load(folder, resumed.engine, resumed.ema)
+    found = train_state.load(folder, resumed.engine, resumed.ema)
     resumed.losses.clear()
     resumed.steps(3)
-    assert progress.step == 2 and progress.trainer["note"] == 2 and progress.rank == {"data": {"cursor": 2}}
+    assert found["step"] == 2 and found["note"] == 2
+    assert train_state.read_rank(folder, 0)["data"] == {"cursor": 2}
     assert resumed.losses == whole.losses[2:]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
@@ -85,14 +97,71 @@ def test_weights_files_bear_upstreams_names_and_hold_everything(parity: Path, tm
             assert torch.equal(tensor, expected[name]), name
 
 
-def test_frozen_parts_take_no_room_in_the_training_state(parity: Path, tmp_path: Path) -> None:
-    everything = Training(parity / "multiref").steps(1).save(tmp_path / "a")
-    frozen = Training(parity / "multiref", freeze_vit=True).steps(1).save(tmp_path / "b")
+def test_frozen_parts_are_written_once_and_linked(parity: Path, tmp_path: Path) -> None:
+    training = Training(parity / "multiref", freeze_vit=True).steps(1)
+    writer = train_state.CheckpointWriter(tmp_path, training.engine, training.ema, lambda folder: None, keep_last_n=2)
+    for step in (2, 3, 4):
+        writer.save(Progress(step, {}, {}), wait=True)
+    first, second = (tmp_path / f"000000{step}" for step in (3, 4))
+    assert first.exists() and not (tmp_path / "0000002").exists()
+    assert (first / "frozen.safetensors").stat().st_ino == (second / "frozen.safetensors").stat().st_ino
+    for file in ("optimizer.safetensors", "model.trained.safetensors"):
+        assert not any(name.startswith("vit_model") for name in load_file(second / file))
+    for weights in ("model", "ema"):
+        again = Bagel.from_pretrained(second, weights=weights, config=training.model.config)
+        expected = training.model.state_dict() | (training.ema.shadow if weights == "ema" else {})
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+    # A run that goes on from a checkpoint links that one's.
+    resumed = train_state.CheckpointWriter(
+        tmp_path, training.engine, training.ema, lambda folder: None, frozen_file=second / "frozen.safetensors"
+    )
+    resumed.save(Progress(9, {}, {}), wait=True)
+    assert (tmp_path / "0000009" / "frozen.safetensors").stat().st_ino == (second / "frozen.safetensors").stat().st_ino
 
-    def size(folder: Path) -> int:
-        return sum(path.stat().st_size for path in (folder / "training").iterdir())
 
-    assert size(frozen) < size(everything)
+def test_saving_goes_on_in_the_background_from_a_snapshot(
+    parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Training(parity / "multiref").steps(1)
+    expected = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    average = {name: tensor.clone() for name, tensor in training.ema.shadow.items()}
+    may_write, create = threading.Event(), train_state.create_file
+    monkeypatch.setattr(train_state, "create_file", lambda *args: may_write.wait(30) and create(*args))
+    writer = train_state.CheckpointWriter(tmp_path, training.engine, training.ema, lambda folder: None)
+    assert writer.save(Progress(1, {}, {})) is None
+    training.steps(2)  # training goes on while nothing is written yet
+    assert writer.poll() is None and folders.steps(tmp_path) == []
+    may_write.set()
+    saved = writer.save(Progress(3, {}, {}))  # one in flight: waits for the first
+    assert saved is not None and saved.error is None and saved.folder == tmp_path / "0000001"
+    saved = writer.wait()
+    assert saved is not None and saved.folder == tmp_path / "0000003" and folders.steps(tmp_path) == [1, 3]
+    assert writer.wait() is None and writer.poll() is None
+    model, ema = (load_file(tmp_path / "0000001" / f"{name}.safetensors") for name in ("model", "ema"))
+    assert all(torch.equal(model[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(ema[name], tensor) for name, tensor in average.items())
+
+
+def test_other_content_than_was_written_is_noticed(parity: Path, tmp_path: Path) -> None:
+    training = Training(parity / "multiref").steps(1)
+    folder = training.save(tmp_path)
+    text = (folder / "training.json").read_text()
+    (folder / "training.json").write_text(text.replace('"step": 2', '"step": 3'))
+    assert folders.faults(folder) == ["training.json has other content than when it was written"]
+    assert folders.latest(tmp_path) is None
+
+
+def test_files_are_ordinary_safetensors_that_torchs_own_reader_loads(parity: Path, tmp_path: Path) -> None:
+    training = Training(parity / "multiref").steps(1)
+    folder = training.save(tmp_path)
+    for file in ("optimizer", "ema"):
+        (folder / f"{file}.safetensors").rename(tmp_path / f"{file}.safetensors")  # its reader takes all of a folder
+    expected = training.model.state_dict()
+    state = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp_load(state, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 def test_other_frozen_parts_are_refused_with_the_remedy(parity: Path, tmp_path: Path) -> None:
@@ -115,8 +184,8 @@ def test_random_generators_continue(parity: Path, tmp_path: Path) -> None:
 
 
 def test_latest_passes_over_incomplete_and_foreign_names(parity: Path, tmp_path: Path) -> None:
-    assert train_state.latest(tmp_path) is None
-    assert train_state.latest(tmp_path / "missing") is None
+    assert folders.latest(tmp_path) is None
+    assert folders.latest(tmp_path / "missing") is None
     training = Training(parity / "multiref").steps(1)
     first, second, third = (training.save(tmp_path, step=step) for step in (5, 10, 15))
     (third / "complete").unlink()  # its save was killed
@@ -124,12 +193,12 @@ def test_latest_passes_over_incomplete_and_foreign_names(parity: Path, tmp_path:
     (tmp_path / "0000030").mkdir()  # upstream's or an empty folder
     (tmp_path / "best").mkdir()
     (tmp_path / "0000040").write_text("a file")
-    assert train_state.steps(tmp_path) == [5, 10]
-    assert train_state.latest(tmp_path) == second
+    assert folders.steps(tmp_path) == [5, 10]
+    assert folders.latest(tmp_path) == second
 
     damaged = second / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert train_state.latest(tmp_path) == first
+    assert folders.latest(tmp_path) == first
     with pytest.raises(CheckpointError, match="model.safetensors has .* bytes instead of"):
         train_state.load(second, training.engine, training.ema)
     with pytest.raises(CheckpointError, match="interrupted"):
@@ -142,8 +211,8 @@ def test_an_interrupted_save_of_the_same_step_is_replaced(parity: Path, tmp_path
     (tmp_path / "0000002" / "model.safetensors").write_text("cut off")
     (tmp_path / "0000002.partial").mkdir()
     folder = training.save(tmp_path)
-    assert train_state.is_complete(folder)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000002"]
+    assert folders.is_complete(folder)
+    assert names(tmp_path) == ["0000002"]
 
 
 def test_keep_last_n(parity: Path, tmp_path: Path) -> None:
@@ -151,7 +220,7 @@ def test_keep_last_n(parity: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     for step in (2, 4, 6, 8):
         training.save(tmp_path, step=step, keep_last_n=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000006", "0000008", "notes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000006", "0000008", "latest", "notes"]
 
 
 def test_full_disk_fails_cleanly_and_keeps_the_previous(parity: Path, tmp_path: Path) -> None:
@@ -165,9 +234,9 @@ def test_full_disk_fails_cleanly_and_keeps_the_previous(parity: Path, tmp_path: 
                 training.save(tmp_path, step=4)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.iterdir()] == ["0000002"]
+    assert names(tmp_path) == ["0000002"]
     train_state.load(first, training.engine, training.ema)
-    assert train_state.is_complete(training.save(tmp_path, step=4))
+    assert folders.is_complete(training.save(tmp_path, step=4))
 
 
 def test_a_failing_asset_is_a_checkpoint_error(parity: Path, tmp_path: Path) -> None:
@@ -176,7 +245,7 @@ def test_a_failing_asset_is_a_checkpoint_error(parity: Path, tmp_path: Path) -> 
 
     with pytest.raises(CheckpointError, match="no such tokenizer"):
         Training(parity / "multiref").steps(1).save(tmp_path, assets=fail)
-    assert list(tmp_path.iterdir()) == []
+    assert names(tmp_path) == []
 
 
 def test_marker_lists_every_file(parity: Path, tmp_path: Path) -> None:
@@ -219,7 +288,7 @@ def test_dangling_link_is_not_published_and_not_complete(parity: Path, tmp_path:
         training.save(tmp_path, assets=lambda f: (f / "ae.safetensors").symlink_to("nowhere"))
     folder = training.save(tmp_path)
     (folder / "ae.safetensors").symlink_to("nowhere")
-    assert train_state.faults(folder) == ["ae.safetensors is a dangling link"]
+    assert folders.faults(folder) == ["ae.safetensors is a dangling link"]
 
 
 @pytest.mark.parametrize("use", ["latest", "prune", "save"])
@@ -228,12 +297,12 @@ def test_kill_between_the_renames_of_a_replacement_loses_nothing(parity: Path, t
     folder = training.save(tmp_path)
     folder.rename(tmp_path / "0000002.replaced")
     if use == "latest":
-        assert train_state.latest(tmp_path) == folder
+        assert folders.latest(tmp_path) == folder
     elif use == "prune":
-        train_state.prune(tmp_path, keep_last_n=1)
+        folders.prune(tmp_path, keep_last_n=1)
     else:
         training.save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["0000002"] and train_state.is_complete(folder)
+    assert names(tmp_path) == ["0000002"] and folders.is_complete(folder)
 
 
 @pytest.mark.parametrize("where", ["model", "ema"])
@@ -244,7 +313,7 @@ def test_weights_that_are_not_finite_are_not_saved(parity: Path, tmp_path: Path,
         tensor.view(-1)[3] = float("nan")
     with pytest.raises(CheckpointError, match="llm2vae.weight.* not finite"):
         training.save(tmp_path)
-    assert train_state.latest(tmp_path) is None and list(tmp_path.iterdir()) == []
+    assert folders.latest(tmp_path) is None and names(tmp_path) == []
 
 
 def test_a_step_saved_twice_is_replaced(parity: Path, tmp_path: Path) -> None:
@@ -252,7 +321,7 @@ def test_a_step_saved_twice_is_replaced(parity: Path, tmp_path: Path) -> None:
     training.save(tmp_path)
     training.steps(1)
     folder = training.save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["0000002"]
+    assert names(tmp_path) == ["0000002"]
     again = Bagel.from_pretrained(folder, weights="model", config=training.model.config)
     assert torch.equal(again.llm2vae.weight, training.model.llm2vae.weight)
 
@@ -261,9 +330,9 @@ def test_later_checkpoints_are_set_aside_for_a_run_that_starts_before_them(parit
     training = Training(parity / "multiref").steps(1)
     for step in (2, 4, 6):
         training.save(tmp_path, step=step)
-    assert train_state.set_aside_later(tmp_path, 6) is None
-    moved = train_state.set_aside_later(tmp_path, 2)
+    assert folders.set_aside_later(tmp_path, 6) is None
+    moved = folders.set_aside_later(tmp_path, 2)
     assert moved is not None and sorted(path.name for path in moved.iterdir()) == ["0000004", "0000006"]
-    assert train_state.steps(tmp_path) == [2] and train_state.steps(moved) == [4, 6]
+    assert folders.steps(tmp_path) == [2] and folders.steps(moved) == [4, 6]
     training.save(tmp_path, step=3)
-    assert train_state.set_aside_later(tmp_path, 0) == tmp_path / "earlier_run_2"
+    assert folders.set_aside_later(tmp_path, 0) == tmp_path / "earlier_run_2"

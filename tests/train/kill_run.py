@@ -30,14 +30,14 @@ def main() -> None:
     kill_in_save = settings.pop("kill_in_save", None)
     torch.set_num_threads(1)
     if kill_in_save is not None:
-        publish = train_state._publish
+        publish = train_state.publish
 
         def die_before_publishing(partial: Path, folder: Path, step: int) -> None:
             if step == kill_in_save:
                 os.kill(os.getpid(), signal.SIGKILL)
             publish(partial, folder, step)
 
-        train_state._publish = die_before_publishing
+        train_state.publish = die_before_publishing
     if kill_at is not None:
         count = trainer_module.Trainer.count
 

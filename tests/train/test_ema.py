@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from echo4o.checkpoint.pieces import Piece, flat
 from echo4o.train.ema import EMA
 
 
@@ -41,18 +42,33 @@ def test_average_is_float32_and_apart_from_the_parameter() -> None:
     assert ema.shadow["p"].tolist() == [2.0] * 3 and parameter.tolist() == [3.0] * 3
 
 
-def test_start_from_other_weights() -> None:
-    ema = EMA({"p": nn.Parameter(torch.zeros(2))}, decay=0.5)
-    ema.load_average({"p": torch.ones(2), "unknown": torch.ones(9)})
-    assert ema.shadow["p"].tolist() == [1.0, 1.0]
-
-
 def test_bias_correction_continues_a_loaded_average() -> None:
     parameter = nn.Parameter(torch.tensor([3.0]))
     ema = EMA({"p": parameter}, decay=0.9, bias_correction=True)
-    ema.load_average({"p": torch.tensor([1.0])})
+    ema.pieces()["p"].values.fill_(1.0)
+    ema.continue_average()
     walk(ema, parameter, [2.0])
     assert ema.shadow["p"].item() == pytest.approx(0.9 * 1 + 0.1 * 2)
+
+
+def test_average_of_a_share_of_a_tensor() -> None:
+    tensor = torch.arange(12.0).reshape(4, 3)
+    share = Piece((4, 3), 6, flat(tensor)[6:])
+    ema = EMA({"p": share}, decay=0.5)
+    tensor.add_(2.0)
+    ema.update()
+    assert ema.shadow["p"].tolist() == [7.0, 8.0, 9.0, 10.0, 11.0, 12.0]
+    piece = ema.pieces()["p"]
+    assert (piece.shape, piece.start, piece.stop) == ((4, 3), 6, 12)
+
+
+def test_average_in_host_memory_is_the_same() -> None:
+    parameter = nn.Parameter(torch.tensor([8.0, 1.0]))
+    one, other = EMA({"p": parameter}, decay=0.75), EMA({"p": parameter}, decay=0.75, offload=True)
+    for value in (4.0, 2.0):
+        walk(one, parameter, [value])
+        other.update()
+    assert torch.equal(one.shadow["p"], other.shadow["p"]) and other.shadow["p"].device.type == "cpu"
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from echo4o.checkpoint import train_state
+from echo4o.checkpoint import folders
 from echo4o.config import ConfigError, load_config
 from echo4o.model import Bagel
 from echo4o.model.vae import AutoEncoder
@@ -75,7 +75,7 @@ def test_train_from_parts(parts: dict[str, Path], tmp_path: Path, capsys: pytest
     text = capsys.readouterr().out
     assert "weights from parts" in text and "copied from understanding" in text and str(parts["llm"]) in text
     # The first update of a warm-up has learning rate 0: these are the assembled weights.
-    model = Bagel.from_pretrained(train_state.latest(tmp_path / "checkpoints"), weights="model")
+    model = Bagel.from_pretrained(folders.latest(tmp_path / "checkpoints"), weights="model")
     state = model.state_dict()
     q = "language_model.model.layers.0.self_attn.q_proj"
     assert torch.equal(state[f"{q}.weight"], parts["model"].state_dict()["model.layers.0.self_attn.q_proj.weight"])
@@ -87,7 +87,7 @@ def test_train_from_parts(parts: dict[str, Path], tmp_path: Path, capsys: pytest
 def test_assembled_language_model_computes_what_the_original_does(parts: dict[str, Path], tmp_path: Path) -> None:
     settings = parts_settings(parts, tmp_path, total_steps=1, warmup_steps=1, llm_qk_norm=False)
     train(load_config((), settings))
-    model = Bagel.from_pretrained(train_state.latest(tmp_path / "checkpoints"), weights="model").eval()
+    model = Bagel.from_pretrained(folders.latest(tmp_path / "checkpoints"), weights="model").eval()
     ids = torch.tensor([5, 9, 77, 130, 4])
     count = len(ids)
     batch = PackedBatch(
@@ -142,7 +142,7 @@ def test_random_start_is_repeatable_and_says_so(tmp_path: Path, capsys: pytest.C
     states = []
     for name in ("one", "two"):
         train(run_config(bagel, tmp_path / name, init_weights="random", total_steps=1))
-        states.append(Bagel.from_pretrained(train_state.latest(tmp_path / name / "checkpoints")).state_dict())
+        states.append(Bagel.from_pretrained(folders.latest(tmp_path / name / "checkpoints")).state_dict())
     assert "RANDOM" in capsys.readouterr().out
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["vae2llm.weight"], Bagel.from_pretrained(bagel).state_dict()["vae2llm.weight"])

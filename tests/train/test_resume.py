@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from echo4o.checkpoint import train_state
+from echo4o.checkpoint import folders
 from echo4o.config import load_config
 from echo4o.train.metrics import read_metrics
 from echo4o.train.trainer import train
@@ -92,7 +92,7 @@ def test_killed_run_resumes_to_the_bit(tmp_path: Path, num_workers: int, kill_at
     settings = run_settings(bagel, tmp_path / "killed", **changes)
     killed = start(settings | {"kill_at": kill_at}, tmp_path, "killed")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    newest = train_state.latest(tmp_path / "killed" / "checkpoints")
+    newest = folders.latest(tmp_path / "killed" / "checkpoints")
     assert newest is not None and int(newest.name) == (kill_at - 1) // 2 * 2
     state = json.loads((newest / "ranks" / "00000.json").read_text())
     assert any(stream["buffer"] for stream in state["data"]["streams"] if stream), "the case needs a row in the buffer"
@@ -109,7 +109,7 @@ def test_stop_signal_to_the_process_group_saves_and_exits_cleanly(tmp_path: Path
     stopped = start(settings | {"kill_at": 3, "kill_with": name, "kill_group": True}, tmp_path, "stopped")
     assert stopped.returncode == 0, stopped.stderr
     assert "saved step 3" in stopped.stderr + stopped.stdout
-    assert train_state.steps(tmp_path / "out" / "checkpoints") == [3]
+    assert folders.steps(tmp_path / "out" / "checkpoints") == [3]
     if name != "SIGTERM":
         return
     train(load_config((), settings))
@@ -146,7 +146,7 @@ def test_kill_in_a_save_leaves_the_previous_checkpoint_usable(tmp_path: Path) ->
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     checkpoints = tmp_path / "out" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002", "0000004.partial"]
-    assert train_state.latest(checkpoints) == checkpoints / "0000002"
+    assert folders.latest(checkpoints) == checkpoints / "0000002"
     train(load_config((), settings))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002", "0000004", "0000006"]
     train(load_config((), run_settings(bagel, tmp_path / "whole", total_steps=6)))

@@ -6,10 +6,10 @@ import torch
 
 from echo4o.config import ConfigError, RunConfig
 from echo4o.train.engine.protocol import Engine
-from echo4o.train.engine.single import DTYPES, resolve_dtype
+from echo4o.train.engine.single import DTYPES, SingleProcessEngine, resolve_dtype
 from echo4o.train.processes import Processes
 
-__all__ = ["Engine", "build_engine"]
+__all__ = ["Engine", "SingleProcessEngine", "build_engine"]
 
 
 def build_engine(config: RunConfig, processes: Processes, device: torch.device, packs_per_rank: int) -> Engine:
@@ -37,9 +37,7 @@ def build_engine(config: RunConfig, processes: Processes, device: torch.device, 
                 max_grad_norm=training.max_grad_norm,
             )
         if processes.world_size == 1 and not (training.cpu_offload and device.type == "cuda"):
-            from echo4o.train.engine.single import SingleProcessEngine
-
-            return SingleProcessEngine(processes, device, dtype)
+            return SingleProcessEngine(device, dtype, processes)
         from echo4o.train.engine.fsdp import FSDPEngine
 
         return FSDPEngine(

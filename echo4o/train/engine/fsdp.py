@@ -54,7 +54,7 @@ class FSDPEngine(SingleProcessEngine):
         backward_prefetch: str = "BACKWARD_PRE",
         cpu_offload: bool = False,
     ) -> None:
-        super().__init__(processes, device, compute_dtype)
+        super().__init__(device, compute_dtype, processes)
         if strategy not in STRATEGIES:
             raise ValueError(f"unknown sharding_strategy {strategy!r}; known: {', '.join(STRATEGIES)}")
         self.strategy = strategy

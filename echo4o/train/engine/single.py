@@ -26,18 +26,24 @@ class SingleProcessEngine:
     """See `echo4o.train.engine.protocol.Engine`.
 
     Args:
+        device: ``auto`` (this process' GPU if there are any), ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: of products: ``auto`` (bfloat16 on GPUs, float32 on CPUs), ``float32`` or ``bfloat16``.
         processes: of which there is one.
-        device, compute_dtype: where and in which dtype products are computed.
+
+    Raises:
+        ValueError: for a device that is not there or an unknown dtype.
     """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, processes: Processes, device: torch.device, compute_dtype: torch.dtype) -> None:
-        self.processes = processes
-        self.rank, self.world_size = processes.rank, processes.world_size
-        self.device = device
-        self.compute_dtype = compute_dtype
+    def __init__(
+        self, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", processes: Processes | None = None
+    ) -> None:
+        self.processes = processes or Processes()
+        self.rank, self.world_size = self.processes.rank, self.processes.world_size
+        self.device = resolve_device(str(device), self.processes.local_rank)
+        self.compute_dtype = dtype if isinstance(dtype, torch.dtype) else resolve_dtype(dtype, self.device)
         self._trained: dict[str, nn.Parameter] = {}
         self._quantised: dict[str, tuple[Tensor, Tensor]] = {}
 
