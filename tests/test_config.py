@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from echo4o.config import ConfigError, RunConfig, flag_help, load_config, plan_loading, save_resolved, validate
+from echo4o.config import (
+    ConfigError,
+    RunConfig,
+    flag_help,
+    load_config,
+    plan_loading,
+    save_resolved,
+    split_names,
+    split_rates,
+    validate,
+)
 from echo4o.config.arguments import OWN_FLAGS, fields_by_group
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,6 +217,12 @@ def test_wrong_command_lines(argv, message):
         ("num_workers: true", "num_workers must be a whole number"),
         ("results_dir: {a: 1}", "results_dir must be text"),
         ("lr: null", "lr must be a finite number, not None"),
+        ("lora: {rnk: 4}", "unknown setting 'rnk' of lora"),
+        ("lora: {rnk: 4}", "Did you mean rank?"),
+        ("lora: {rank: 4}\nlora_rank: 4", "sets lora_rank twice"),
+        ("train_only: [1]", "train_only must list names or patterns, not 1"),
+        ("train_only: ['a{1,2}']", "a comma separates entries"),
+        ("lora_targets: {gen: 1}", "lora_targets must be text"),
     ],
 )
 def test_wrong_yaml(tmp_path, text, message):
@@ -224,6 +240,27 @@ def test_saved_settings_repeat_the_run(tmp_path):
     assert values_of(again) == values_of(config)
     # What the model folder decides is not frozen into the file.
     assert again.given_architecture() == {"max_latent_size": 64}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_lora_block_lists_and_mappings_become_flags(tmp_path, nested):
+    settings = {
+        "lora": {"rank": 16, "alpha": 32, "dropout": 0.05, "targets": ["gen", "connector"]},
+        "train_only": ["heads", r"layers\.1\."],
+        "lr_groups": {"lora_B": "1e-4", "vit": 2e-5},
+    }
+    path = stated({"training": settings} if nested else settings, tmp_path)
+    training = load_config(path).training
+    assert (training.lora_rank, training.lora_alpha, training.lora_dropout) == (16, 32.0, 0.05)
+    assert training.lora_targets == "gen,connector"
+    assert training.train_only == r"heads,layers\.1\."
+    assert training.lr_groups == "lora_B=1e-4,vit=2e-05"
+    assert split_rates(training.lr_groups) == {"lora_B": 1e-4, "vit": 2e-5}
+    assert split_names(training.train_only) == ("heads", r"layers\.1\.")
+    flags = load_config(["--lora_targets", "gen, connector", "--train_only", r"heads, layers\.1\."]).training
+    assert (flags.lora_targets, flags.train_only) == (training.lora_targets, training.train_only)
+    save_resolved(load_config(path), tmp_path / "config.yaml")
+    assert values_of(load_config(tmp_path / "config.yaml")) == values_of(load_config(path))
 
 
 def test_default_limits_follow_a_smaller_pack_and_stated_ones_are_checked(tmp_path):
@@ -251,6 +288,16 @@ def test_default_limits_follow_a_smaller_pack_and_stated_ones_are_checked(tmp_pa
         ({"freeze_und": True, "layer_module": "Qwen2DecoderLayer"}, "separate experts"),
         ({"dataset_config_file": "nowhere.yaml"}, "nowhere.yaml (command line), which is not a file"),
         ({"lr_scheduler": "cosine", "lr": 1e-8}, "Lower min_lr"),
+        ({"lr_groups": "vit"}, "lr_groups has the entry 'vit'; expected pattern=lr"),
+        ({"lr_groups": "vit=0"}, "expected pattern=lr with lr greater than 0"),
+        ({"lr_groups": "(=1e-4"}, "lr_groups has the pattern '(', which is not a regular expression"),
+        ({"train_only": "q[", "lora_targets": "*"}, "train_only has the pattern 'q['"),
+        ({"optimizer": "adamw_8bit", "engine": "deepspeed"}, "Use optimizer adamw, or engine fsdp"),
+        ({"optimizer": "adamw_8bit", "cpu_offload": True}, "Use optimizer adamw, or cpu_offload False"),
+        ({"optimizer": "adamw_8bit", "device": "cpu"}, "needs a GPU"),
+        ({"engine": "deepspeed", "deepspeed_config": "no.json"}, "deepspeed_config is no.json, which is not a file"),
+        ({"lora_rank": 8, "freeze_und": True, "lora_targets": "gen,vit"}, "lora_targets has vit (command line)"),
+        ({"lora_rank": 8, "lora_targets": ""}, "lora_targets names nothing"),
     ],
 )
 def test_values_that_cannot_work(tmp_path, values, message):
@@ -268,7 +315,15 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
     ("values", "note"),
     [
         ({"use_flex": True}, "use_flex: no effect"),
-        ({"num_shard": 4, "cpu_offload": True}, "num_shard, cpu_offload: no effect"),
+        ({"num_shard": 4, "cpu_offload": True, "device": "cpu"}, "num_shard, cpu_offload: no effect"),
+        ({"sharding_strategy": "FULL_SHARD", "num_shard": 4, "cpu_offload": True}, "num_shard: no effect"),
+        ({"reduce_dtype": "bfloat16"}, "reduce_dtype: no effect, one process trains"),
+        ({"zero_stage": 2}, "zero_stage: no effect without --engine deepspeed"),
+        ({"engine": "deepspeed", "num_shard": 4}, "num_shard: no effect with engine deepspeed"),
+        ({"lora_dropout": 0.1, "lora_targets": "gen"}, "lora_dropout, lora_targets: no effect without --lora_rank"),
+        ({"lora_rank": 8, "freeze_vit": True}, "freeze_vit: no effect with lora_rank"),
+        ({"ema_offload": True, "cpu_offload": True}, "ema_offload: no effect"),
+        ({"keep_every": 100}, "keep_every: no effect with keep_last_n 0"),
         ({"freeze_vae": False}, "freeze_vae False: no effect"),
         ({"wandb_name": "x"}, "no effect without --wandb True"),
         ({"freeze_vit": True, "visual_und": False}, "freeze_vit: no effect with visual_und False"),
@@ -279,6 +334,12 @@ def test_everything_wrong_is_reported_at_once(tmp_path):
 )
 def test_settings_without_effect_say_so(tmp_path, values, note):
     assert any(note in line for line in validate(valid(tmp_path, **values)))
+
+
+def test_sharding_settings_count_where_there_are_several_processes(tmp_path):
+    config = valid(tmp_path, num_shard=4, sharding_strategy="FULL_SHARD", cpu_offload=True, reduce_dtype="bfloat16")
+    assert validate(config, world_size=4) == []
+    assert any("num_shard" in note for note in validate(config))
 
 
 def test_defaults_need_no_note(tmp_path):
@@ -352,6 +413,12 @@ def test_contradictory_or_missing_starts_are_refused(folders):
         plan_loading(load_config(["--init_from", "no/where"]))
 
 
+@pytest.mark.parametrize("flags", ["--init_weights random --init_from {bagel}", ""])
+def test_lora_needs_weights_in_a_folder(folders, flags):
+    with pytest.raises(ConfigError, match="Name a BAGEL folder with --init_from"):
+        plan_loading(load_config([*flags.format(**folders).split(), "--lora_rank", "4"]))
+
+
 @pytest.mark.parametrize(
     ("in_yaml", "flag"), [("init_from", "resume_from"), ("resume_from", "init_from")], ids=["resume", "init"]
 )
@@ -405,7 +472,13 @@ def test_configs_beside_init_from_come_from_a_given_model_path_only(folders):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert validate(load_config(path)) == []
+    assert validate(load_config(path), world_size=processes_of(path)) == []
+
+
+def processes_of(path: Path) -> int:
+    """``…_2x40gb.yaml`` is for two processes."""
+    found = re.search(r"_(\d+)x\d+gb", path.stem)
+    return int(found[1]) if found else 1
 
 
 def test_help_lists_every_flag_once_and_training_guide_holds_the_same_table():

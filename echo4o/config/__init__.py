@@ -9,6 +9,7 @@ from echo4o.config.arguments import (
 )
 from echo4o.config.checks import validate
 from echo4o.config.errors import ConfigError
+from echo4o.config.lists import split_names, split_rates
 from echo4o.config.load_plan import LoadPlan, plan_loading
 from echo4o.config.parsing import flag_help, load_config, save_resolved
 
@@ -24,5 +25,7 @@ __all__ = [
     "load_config",
     "plan_loading",
     "save_resolved",
+    "split_names",
+    "split_rates",
     "validate",
 ]

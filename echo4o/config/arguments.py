@@ -97,7 +97,7 @@ class TrainingArguments:
     log_every: int = _flag(10, "steps between log lines")
     save_every: int = _flag(2000, "steps between checkpoints")
     keep_last_n: int = _flag(0, "checkpoints to keep, newest first; 0 keeps all")
-    keep_every: int = _flag(0, "also keep every checkpoint whose step is a multiple of this; 0: none beyond keep_last_n")
+    keep_every: int = _flag(0, "also keep each checkpoint whose step is a multiple of this; 0: none beyond keep_last_n")
     async_save: bool = _flag(True, "write checkpoints in the background while training goes on")
     log_rows: bool = _flag(False, "write the rows of every step to rows.jsonl in results_dir")
     total_steps: int = _flag(500_000, "stop after this many optimiser steps")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from echo4o.config.arguments import RunConfig
 from echo4o.config.errors import ConfigError
+from echo4o.config.lists import invalid_patterns, split_names, split_rates
 from echo4o.config.load_plan import INIT_WEIGHTS
 
 CHOICES = {
@@ -76,13 +77,22 @@ UNIT_INTERVAL = (
 )
 BELOW_ONE = ("beta1", "beta2", "ema")
 
-#: Flags that do nothing in a run of one process.
-_ONE_PROCESS = ("num_replicate", "num_shard", "sharding_strategy", "backward_prefetch", "cpu_offload")
+#: Flags of FSDP2's sharding; of its mesh; and those that do nothing in a run of one process.
+_MESH = ("num_replicate", "num_shard")
+_SHARDING = (*_MESH, "sharding_strategy", "backward_prefetch")
+_ONE_PROCESS = (*_SHARDING, "reduce_dtype", "cpu_offload")
+_DEEPSPEED = ("zero_stage", "deepspeed_config")
+_LORA = ("lora_alpha", "lora_dropout", "lora_targets")
+#: Named sets of `lora_targets` whose gradient freeze_und cuts off.
+_CUT_BY_FREEZE_UND = ("und", "vit", "connector")
 _WANDB = ("wandb_project", "wandb_name", "wandb_runid", "wandb_resume", "wandb_offline")
 
 
-def validate(config: RunConfig) -> list[str]:
+def validate(config: RunConfig, world_size: int = 1) -> list[str]:
     """Check settings against each other.
+
+    Args:
+        world_size: number of processes that train; settings of sharding have no effect on one.
 
     Returns:
         Notes for the start-up banner: settings that were stated but do nothing, and values that deserve a second look.
@@ -133,16 +143,95 @@ def validate(config: RunConfig) -> list[str]:
         )
     if values["min_lr"] > values["lr"] and values["lr_scheduler"] == "cosine":
         wrong.append(f"{found('min_lr')}, more than lr {values['lr']}: cosine would rise. Lower min_lr.")
+    wrong += [*_wrong_optimizer(values), *_wrong_training(config, values)]
     if wrong:
         raise ConfigError("\n".join(wrong))
-    return [*_without_effect(config, values), *_second_looks(values)]
+    return [
+        *_without_effect(config, values),
+        *_idle_sharding(config, values, world_size),
+        *_idle_freezing(config, values),
+        *_second_looks(values),
+    ]
+
+
+def _wrong_optimizer(values: dict) -> list[str]:
+    wrong = []
+    try:
+        wrong += invalid_patterns("lr_groups", tuple(split_rates(values["lr_groups"])))
+    except ConfigError as error:
+        wrong.append(str(error))
+    if values["optimizer"] == "adamw_8bit":
+        if values["engine"] == "deepspeed":
+            wrong.append(
+                "optimizer is adamw_8bit, but engine is deepspeed, whose ZeRO shards flat float32 states. Use "
+                "optimizer adamw, or engine fsdp."
+            )
+        if values["cpu_offload"]:
+            wrong.append(
+                "optimizer is adamw_8bit, which runs on GPUs, but cpu_offload updates weights in host memory. Use "
+                "optimizer adamw, or cpu_offload False."
+            )
+        if values["device"] == "cpu":
+            wrong.append("optimizer is adamw_8bit, which needs a GPU, but device is cpu. Use optimizer adamw.")
+    if values["deepspeed_config"] and not Path(values["deepspeed_config"]).is_file():
+        wrong.append(f"deepspeed_config is {values['deepspeed_config']}, which is not a file. Correct the path.")
+    return wrong
+
+
+def _wrong_training(config: RunConfig, values: dict) -> list[str]:
+    """Of what trains: patterns, and LoRA where no gradient comes."""
+    targets = split_names(values["lora_targets"])
+    wrong = invalid_patterns("train_only", split_names(values["train_only"]))
+    wrong += invalid_patterns("lora_targets", targets)
+    if not values["lora_rank"]:
+        return wrong
+    if not targets:
+        wrong.append("lora_targets names nothing. Use gen, or remove the setting.")
+    if values["freeze_und"] and (cut := [target for target in targets if target in _CUT_BY_FREEZE_UND]):
+        wrong.append(
+            f"lora_targets has {', '.join(cut)} ({config.source('lora_targets')}), but freeze_und True cuts the "
+            "gradient there: the adapters would never learn. Set freeze_und False, or adapt gen only."
+        )
+    return wrong
+
+
+def _idle_sharding(config: RunConfig, values: dict, world_size: int) -> list[str]:
+    """Settings of sharding that another engine, or a single process, does not use."""
+    given = set(config.given)
+    notes = []
+    if values["engine"] == "deepspeed":
+        if idle := [name for name in _SHARDING if name in given]:
+            notes.append(f"{', '.join(idle)}: no effect with engine deepspeed, where zero_stage says what is sharded")
+        return notes
+    if idle := [name for name in _DEEPSPEED if name in given]:
+        notes.append(f"{', '.join(idle)}: no effect without --engine deepspeed")
+    if world_size > 1:
+        return notes
+    streams = values["cpu_offload"] and values["device"] != "cpu"  # weights are brought to the GPU block by block
+    without_effect = _MESH if streams else _ONE_PROCESS
+    if idle := [name for name in without_effect if name in given]:
+        notes.append(f"{', '.join(idle)}: no effect, one process trains and nothing is sharded")
+    return notes
+
+
+def _idle_freezing(config: RunConfig, values: dict) -> list[str]:
+    given = set(config.given)
+    notes = []
+    if not values["lora_rank"]:
+        if idle := [name for name in _LORA if name in given]:
+            notes.append(f"{', '.join(idle)}: no effect without --lora_rank")
+    elif not values["train_only"] and (idle := [name for name in ("freeze_llm", "freeze_vit") if values[name]]):
+        notes.append(f"{', '.join(idle)}: no effect with lora_rank, which freezes everything but the adapters")
+    if values["ema_offload"] and (values["device"] == "cpu" or values["cpu_offload"]):
+        notes.append("ema_offload: no effect, the average is in host memory as the weights are")
+    return notes
 
 
 def _without_effect(config: RunConfig, values: dict) -> list[str]:
     given = set(config.given)
     notes = []
-    if idle := [name for name in _ONE_PROCESS if name in given]:
-        notes.append(f"{', '.join(idle)}: no effect, one process trains and nothing is sharded")
+    if values["keep_every"] and not values["keep_last_n"]:
+        notes.append("keep_every: no effect with keep_last_n 0, every checkpoint is kept")
     if "use_flex" in given:
         notes.append(
             "use_flex: no effect, every kernel trains on the same packs; "

@@ -71,7 +71,17 @@ def plan_loading(config: RunConfig, newest: str | Path | None = None) -> LoadPla
     plan = _own_verbs(config) if training.init_from else _upstream_flags(config)
     for path in (plan.init_from, plan.resume_from, plan.configs_from):
         _require_folder(config, path)
+    _require_base(config, plan)
     return replace(plan, notes=(*notes, *plan.notes, *_idle_settings(config, plan)))
+
+
+def _require_base(config: RunConfig, plan: LoadPlan) -> None:
+    """LoRA checkpoints name the weights they belong to, so these must lie in a folder."""
+    if config.training.lora_rank and not plan.init_from and not plan.resume_from:
+        raise ConfigError(
+            f"lora_rank is {config.training.lora_rank} ({config.source('lora_rank')}), but the run would start from "
+            "weights that lie in no folder. Name a BAGEL folder with --init_from (and init_weights auto, ema or model)."
+        )
 
 
 def _idle_settings(config: RunConfig, plan: LoadPlan) -> list[str]:

@@ -7,7 +7,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from echo4o.config.arguments import (
     fields_by_group,
 )
 from echo4o.config.errors import ConfigError
+from echo4o.config.lists import in_one_string
 
 PARTS = {"model": ModelArguments, "data": DataArguments, "training": TrainingArguments}
 COMMAND_LINE = "command line"
@@ -101,7 +102,7 @@ def _follow_max_num_tokens(config: RunConfig) -> RunConfig:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings of a YAML file, flat or nested under ``model``, ``data`` and ``training``.
+    """Settings of a YAML file, flat or nested under ``model``, ``data``, ``training`` and ``lora``.
 
     Raises:
         ConfigError: if the file cannot be read, is no mapping, or holds an unknown or repeated setting.
@@ -118,14 +119,39 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold `name: value` lines, not a {type(content).__name__}")
     values: dict[str, Any] = {}
-    for key, value in content.items():
-        nested = key in PARTS and (value is None or isinstance(value, dict))
-        for name, setting in (value or {}).items() if nested else ((key, value),):
-            known = _known_name(str(name), str(path))
-            if known in values:
-                raise ConfigError(f"{path} sets {known} twice; keep one of them")
-            values[known] = setting
+    for name, setting in _flat(content, str(path)):
+        known = _known_name(name, str(path))
+        if known in values:
+            raise ConfigError(f"{path} sets {known} twice; keep one of them")
+        values[known] = setting
     return values
+
+
+def _flat(content: Mapping[Any, Any], path: str) -> Iterator[tuple[str, Any]]:
+    """(name, value) of every setting, out of ``model``, ``data``, ``training`` and ``lora`` (at the top or nested)."""
+    for key, value in content.items():
+        if key in PARTS and (value is None or isinstance(value, dict)):
+            yield from _flat(value or {}, path)
+        elif key == "lora" and isinstance(value, dict):
+            for name, setting in value.items():
+                yield _lora_setting(str(name), path), setting
+        else:
+            yield str(key), value
+
+
+def _lora_setting(name: str, path: str) -> str:
+    """``rank`` of a ``lora:`` block → ``lora_rank``.
+
+    Raises:
+        ConfigError: naming the nearest known one.
+    """
+    known = [setting.removeprefix("lora_") for setting in _TYPES if setting.startswith("lora_")]
+    name = name.removeprefix("lora_")
+    if name in known:
+        return f"lora_{name}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}."
+    raise ConfigError(f"unknown setting {name!r} of lora ({path}). {hint}")
 
 
 def convert(name: str, value: Any, source: str) -> Any:
@@ -135,6 +161,7 @@ def convert(name: str, value: Any, source: str) -> Any:
         ConfigError: if it cannot be read as that type.
     """
     kind, optional = _TYPES[name]
+    value = in_one_string(name, value, source)
     if value is None and optional:
         return None
     if isinstance(value, str) and optional and value.lower() in _NONE:
@@ -282,5 +309,9 @@ OTHER_NAMES = {
     "logging_steps": "log_every",
     "gradient_clipping": "max_grad_norm",
     "seed": "global_seed",
+    "r": "lora_rank",
+    "rank": "lora_rank",
+    "target_modules": "lora_targets",
+    "optim": "optimizer",
 }
 _TYPES = _types(PARTS.values())
