@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils._python_dispatch import _disable_current_modes
 
 from echo4o.checkpoint.names import public_name
 from echo4o.checkpoint.pieces import Piece, piece_of
@@ -120,6 +120,8 @@ class DeepSpeedEngine(SingleProcessEngine):
         # Here every parameter is used by its own module.
         self._zero.module_forward_pre_hook.remove()
         self._zero.module_forward_post_hook.remove()
+        if self.stage == 3:
+            _hide_from_recomputation(self._zero.optimizer.parameter_offload)
         self.module, self.optimizer = model, optimizer
         self._trained = {public_name(name): p for name, p in model.named_parameters() if p.requires_grad}
         self._partitions = partitions_of(self._zero.optimizer, self.rank)
@@ -162,17 +164,6 @@ class DeepSpeedEngine(SingleProcessEngine):
                 )
 
     # ------------------------------------------------------------ one step
-
-    def autocast(self) -> AbstractContextManager:
-        if self.stage != 3:
-            return super().autocast()
-        return self._whole_recomputation()
-
-    @contextlib.contextmanager
-    def _whole_recomputation(self) -> Iterator[None]:
-        """Recomputation that stops early leaves a module without its hooks having run, and its weights gathered."""
-        with super().autocast(), set_checkpoint_early_stop(False):
-            yield
 
     def no_sync(self, enabled: bool) -> AbstractContextManager:
         """Stages 2 and 3 scatter gradients after every micro-batch all the same: they have no room for whole ones."""
@@ -277,6 +268,20 @@ def _import_deepspeed(device: torch.device) -> Any:
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
+
+
+def _hide_from_recomputation(hooks: Any) -> None:
+    """Selective recomputation compares the operations of both passes; gathering weights must not count among them."""
+
+    def hidden(hook: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+        def run(module: nn.Module) -> None:
+            with _disable_current_modes():
+                hook(module)
+
+        return run
+
+    hooks.pre_sub_module_forward_function = hidden(hooks.pre_sub_module_forward_function)
+    hooks.post_sub_module_forward_function = hidden(hooks.post_sub_module_forward_function)
 
 
 def _float32_values(model: nn.Module) -> dict[str, Tensor]:

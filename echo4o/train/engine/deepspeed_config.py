@@ -97,6 +97,8 @@ def zero_settings(
         )
     if stage != zero_stage:
         notes.append(f"ZeRO stage {stage} from {where}, not --zero_stage {zero_stage}")
+    if cpu_offload and not on_gpu:
+        notes.append("cpu_offload changes nothing on a CPU")
     zero = _merged(_our_zero(stage, cpu_offload, on_gpu), zero)
     offloads = {part: _offloads(zero, part, where) for part in ("offload_optimizer", "offload_param")}
     if offloads["offload_param"] and stage != 3:

@@ -18,6 +18,7 @@ Stage3
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from echo4o.checkpoint.pieces import Piece
+
+#: Elements whose float64 copy may be alive while norms are taken.
+_NORM_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,8 @@ class PartitionedWeights:
 
     def __init__(self, optimizer: Any, rank: int) -> None:
         self.optimizer = optimizer
+        self._running = sys.modules[type(optimizer.parameter_offload).__module__].FWD_MODULE_STACK
+        self._num_running = len(self._running)
         self.masters: list[Tensor] = optimizer.fp32_partitioned_groups_flat
         self.places: dict[nn.Parameter, Place] = {}
         for group, parameters in enumerate(optimizer.fp16_groups):
@@ -111,6 +117,8 @@ class PartitionedWeights:
     def forget_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)  # the next micro-batch begins a step
         self.optimizer.averaged_gradients = {}
+        # Recomputation stops early, inside of modules, which then stay on DeepSpeed's list of running ones.
+        del self._running[self._num_running :]
         if self.optimizer.offload_optimizer:
             self.optimizer.reset_cpu_buffers()
 
@@ -153,8 +161,9 @@ def local_square(gradients: list[Tensor]) -> Tensor:
     """(1,) float64: the square of the gradients' norm on this rank, on the CPU."""
     if not gradients:
         return torch.zeros(1, dtype=torch.float64)
-    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])
-    return norms.double().square().sum().reshape(1).cpu()
+    parts = (part for gradient in gradients for part in gradient.reshape(-1).split(_NORM_CHUNK))
+    norms = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts])
+    return norms.square().sum().reshape(1).cpu()
 
 
 def _places_of_fragments(groups: list[list[Any]]) -> dict[nn.Parameter, Place]:
