@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,6 +17,9 @@ from echo4o.model.pretrained import open_file, shard_files
 
 #: Rows of a table averaged at once.
 _CHUNK_ROWS = 4096
+#: Elements copied at once, so that little of the file is mapped at a time.
+_CHUNK_ELEMENTS = 1 << 24
+_MADV_DONTNEED = 4
 
 
 class WeightsReader:
@@ -73,8 +79,11 @@ class WeightsReader:
             raise ValueError(f"{self.path} holds {name} as {shape}, the model as {piece.shape}")
         held = math.prod(shape)
         end = min(piece.stop, held)
-        if piece.start < end:
-            piece.values[: end - piece.start].copy_(self.run(name, piece.start, end))
+        for first in range(piece.start, end, _CHUNK_ELEMENTS):
+            last = min(first + _CHUNK_ELEMENTS, end)
+            run = self.run(name, first, last)
+            piece.values[first - piece.start : last - piece.start].copy_(run)
+            _release(run)
         if piece.stop > held and piece.values.numel():
             self._fill_grown(name, piece, held)
         return max(0, end - piece.start) * self.dtypes[name].itemsize
@@ -84,10 +93,24 @@ class WeightsReader:
         mean = torch.zeros(width, dtype=torch.float64)
         for first in range(0, rows, _CHUNK_ROWS):
             last = min(first + _CHUNK_ROWS, rows)
-            mean += self.run(name, first * width, last * width).reshape(-1, width).double().sum(0)
+            run = self.run(name, first * width, last * width)
+            mean += run.reshape(-1, width).double().sum(0)
+            _release(run)
         first = max(piece.start, held)
         positions = torch.arange(first, piece.stop) % width
         piece.values[first - piece.start :].copy_((mean / rows)[positions])
+
+
+def _release(run: Tensor) -> None:
+    """Give the pages behind a run that was copied back to the system: they stay in its cache, not in this process."""
+    if not sys.platform.startswith("linux") or not run.numel():
+        return
+    page = mmap.PAGESIZE
+    begin = -(-run.data_ptr() // page) * page
+    length = (run.data_ptr() + run.nbytes) // page * page - begin
+    if length > 0:
+        # Advice only: if it is not taken, the pages go when the file is closed.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_DONTNEED)
 
 
 class LayeredReader:
