@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,17 @@ app = typer.Typer(
 data = typer.Typer(help="Look at data.", no_args_is_help=True)
 app.add_typer(data, name="data")
 
+
+class Weights(str, Enum):
+    ema = "ema"
+    model = "model"
+
+
+class MergedDtype(str, Enum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
 TRAIN_USAGE = """\
 Usage: echo4o train [CONFIG.yaml] [--flag value ...]
 
@@ -37,6 +49,27 @@ Defaults < YAML < flags. Flags may be written with dashes, and shortened while u
 def train(context: typer.Context) -> None:
     """Train. `echo4o train --help` lists every flag."""
     raise typer.Exit(run_training(context.args))
+
+
+@app.command()
+def merge(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with LoRA adapters (adapter_config.json).")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Where the adapters' base is now, if not where their config says.")
+    ] = None,
+    weights: Annotated[Weights | None, typer.Option(help="Default: ema where there is one.")] = None,
+    dtype: Annotated[MergedDtype | None, typer.Option(help="Default: each tensor's in the base.")] = None,
+) -> None:
+    """Merge LoRA adapters into their base: a complete BAGEL folder, with configs, tokenizer and VAE."""
+
+    def work() -> None:
+        from echo4o.checkpoint.merging import write_merged
+
+        kind, number = weights and weights.value, dtype and dtype.value
+        typer.echo(write_merged(checkpoint, out, base=base, weights=kind, dtype=number))
+
+    raise typer.Exit(_report_errors(work))
 
 
 @data.command()

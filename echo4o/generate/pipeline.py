@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+from echo4o.checkpoint.adapters import assets_of, load_bagel
 from echo4o.data.images import ImageTransform, open_image, to_rgb, to_tensor
 from echo4o.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer
 from echo4o.generate.context import Addition, Context, LatentImage, Markers, Piece, Reader, Text
@@ -70,20 +71,27 @@ class Echo4oPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, dtype: torch.dtype | str = "bfloat16", device: str = "auto", weights: str | None = None
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | str = "bfloat16",
+        device: str = "auto",
+        weights: str | None = None,
+        base: str | Path | None = None,
     ) -> Echo4oPipeline:
-        """Load an upstream folder or a training checkpoint.
+        """Load an upstream folder or a training checkpoint; LoRA adapters are merged into their base's weights.
 
         Args:
             device: ``auto`` takes a GPU where there is one.
             weights: ``ema``, ``model`` or None (``ema`` where there is one).
+            base: of a LoRA checkpoint: where its base is now, if not where its ``adapter_config.json`` says.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        tokenizer = load_tokenizer(folder)
-        model = Bagel.from_pretrained(folder, dtype=dtype, device=device, weights=weights)
+        assets = assets_of(folder, base)
+        tokenizer = load_tokenizer(assets)
+        model = load_bagel(folder, dtype=dtype, device=device, weights=weights, base=base)
         model.set_attention_kernel("auto")
-        vae = AutoEncoder.from_pretrained(folder, device=device) if model.config.visual_gen else None
+        vae = AutoEncoder.from_pretrained(assets, device=device) if model.config.visual_gen else None
         config = model.config
         side = config.max_latent_size * config.latent_downsample
         vit = config.vit_max_num_patch_per_side * (config.vit.patch_size if config.vit else 14)

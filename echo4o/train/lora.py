@@ -87,6 +87,8 @@ def target_layers(model: Bagel, targets: Sequence[str]) -> list[str]:
         if not found:
             raise ConfigError(nothing_matches("lora_targets", target, linear))
         chosen.update(found)
+    if model.config.llm.tie_word_embeddings and "language_model.lm_head" in chosen:
+        raise ConfigError("lora_targets: lm_head shares its weight with the embeddings and cannot be adapted alone")
     return [name for name in linear if name in chosen]
 
 
