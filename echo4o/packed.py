@@ -168,6 +168,7 @@ class PackedBatch:
     vae_seeds: list[int] | None = None  # for each laid-down VAE image: seed of its posterior sample and flow noise
     sample_names: list[str] = field(default_factory=list)  # data set name of each sample (loss by data set)
     sample_rows: list[str] = field(default_factory=list)  # "file:row" of each sample (logs, out-of-memory reports)
+    sample_addresses: list[tuple[str, int, int]] = field(default_factory=list)  # (source, epoch, index) of each sample
 
     def __post_init__(self) -> None:
         self.patchified_vae_latent_shapes = (

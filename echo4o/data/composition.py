@@ -204,7 +204,7 @@ class BatchComposer:
         started = time.perf_counter()
         plan = row.row.plan
         try:
-            sample = dataclasses.replace(plan.load(), seed=plan.seed)
+            sample = dataclasses.replace(plan.load(), seed=plan.seed, address=tuple(plan.address))
             num_tokens = self.packer.laid_down_tokens(sample)
             if num_tokens > pack.room:
                 raise RowError("longer than planned", detail=f"{num_tokens} tokens instead of {row.num_tokens}")
@@ -231,14 +231,14 @@ class BatchComposer:
     def counters(self) -> dict[str, int]:
         """Rows read, skipped and packed since the stream began."""
         packed = {"batches": self.num_batches, "samples": self.num_samples, "tokens": self.num_tokens}
-        return {**packed, "buffered": len(self._buffer) + len(self._held_back), **self.mixture.ledger.counters()}
+        buffered = len(self._buffer) + len(self._held_back) + self.mixture.num_returned
+        return {**packed, "buffered": buffered, **self.mixture.ledger.counters()}
 
     def timings(self) -> dict[str, float]:
         """Seconds spent since this process began, by stage."""
-        read = sum(getattr(group.source, "read_seconds", 0.0) for group in self.mixture.groups.values())
         return {
-            "read": read,
-            "plan": self.mixture.plan_seconds - read,
+            "read": self.mixture.read_seconds,
+            "plan": self.mixture.plan_seconds - self.mixture.read_seconds,
             "decode": self._load_seconds,
             "pack": self._pack_seconds,
         }

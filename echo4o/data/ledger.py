@@ -20,6 +20,8 @@ NUM_LOGGED_SKIPS = 5
 #: Rows read before the share of bad rows can stop the run (fewer where the data are smaller): neighbouring rows come
 #: from one file and often fail together, so that a short stretch says little about the whole.
 MIN_ROWS_FOR_SHARE = 1000
+#: As many are read in any case before it can, unless the data are fewer: streams are many, their shares may be small.
+MIN_ROWS_OF_SMALL_SHARE = 100
 #: Bad rows after which it can stop if not a single row was usable.
 MIN_ROWS_IF_ALL_BAD = 100
 
@@ -29,13 +31,15 @@ class RowLedger:
 
     Args:
         max_bad_row_share: of the rows read that may fail.
-        num_rows: that this consumer reads in an epoch; the share is judged once min(1000, num_rows) rows were read, or
-            once 100 are bad and none is good.
+        num_rows: of the data.
+        num_consumers: that read them. The share is judged once a consumer has read its part of an epoch (at least 100
+            rows, or all there are), at the latest after 1000 rows, or once 100 are bad and none is good.
     """
 
-    def __init__(self, max_bad_row_share: float, num_rows: int) -> None:
+    def __init__(self, max_bad_row_share: float, num_rows: int, num_consumers: int = 1) -> None:
         self.max_bad_row_share = max_bad_row_share
-        self.min_rows = min(MIN_ROWS_FOR_SHARE, num_rows)
+        part = max(num_rows // num_consumers, min(num_rows, MIN_ROWS_OF_SMALL_SHARE))
+        self.min_rows = min(MIN_ROWS_FOR_SHARE, part)
         self.num_rows = 0
         self.num_good = 0
         self.too_long = 0

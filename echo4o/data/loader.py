@@ -1,29 +1,32 @@
 """Packed batches from worker processes, in an order that can be stopped, saved and continued exactly.
 
 Every batch carries the state of the stream that made it, so that the loader's state is that of the batches which were
-*taken*, however many the workers have prepared ahead. Worker w of rank r is consumer ``r · workers + w``; batches are
-taken from the workers in turn.
+*taken*, however many the workers have prepared ahead. Which stream makes which batch (`echo4o.data.streams`) depends
+neither on ranks nor on workers; batches are taken from the workers in turn.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
-from echo4o.data.composition import BatchComposer, PackLimits, with_restarted_groups
+from echo4o.data.composition import PackLimits
 from echo4o.data.errors import DataError
-from echo4o.data.mixture import Mixture, check_same_data, data_identity
+from echo4o.data.mixture import Mixture, data_identity
 from echo4o.data.packing import Packer
+from echo4o.data.resume import STATE_VERSION, SavedRanks, resume_streams
 from echo4o.data.sources.base import SourceGroup
+from echo4o.data.streams import Delivery, RankStreams, StreamLayout, streams_per_pack
 from echo4o.data.workers import GRACE, SHORT_GRACE, close_at_exit, end_workers
 from echo4o.packed import PackedBatch
 
-STATE_VERSION = 2
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class LoaderConfig(PackLimits):
         num_workers: processes a rank; 0 makes batches in the training process.
         prefetch_factor: batches that each worker prepares ahead.
         data_seed: order of the groups (the order of the rows is the sources').
-        max_bad_row_share: the run stops once more than this share of the rows that a worker read have failed, judged
+        max_bad_row_share: the run stops once more than this share of the rows that a stream read have failed, judged
             from the thousandth row on (fewer where its share of the data is smaller).
         pin_memory: page-lock batches for faster copies to a GPU; ignored without one.
         worker_timeout: seconds to wait for a worker's batch before giving up; 0 waits for ever (a worker that died is
@@ -60,85 +63,14 @@ class LoaderConfig(PackLimits):
         if not 0 <= self.max_bad_row_share <= 1:
             raise DataError(f"max_bad_row_share is {self.max_bad_row_share}; a share lies between 0 and 1")
 
-    @property
-    def num_streams(self) -> int:
-        """Consumers a rank."""
-        return max(1, self.num_workers)
-
-
-@dataclass
-class _Delivery:
-    """What a stream hands over: a batch with the state after it, or the reason why there will be none."""
-
-    batch: PackedBatch | None = None
-    state: dict[str, Any] = field(default_factory=dict)
-    counters: dict[str, int] = field(default_factory=dict)
-    timings: dict[str, float] = field(default_factory=dict)
-    error: str = ""
-
-    def pin_memory(self) -> _Delivery:
-        if self.batch is not None:
-            self.batch = self.batch.pin_memory()
-        return self
-
-
-class _Streams(IterableDataset):
-    """The streams of one rank; inside a worker process, the one of that worker.
-
-    Worker 0 delivers first, so it takes the stream whose turn it is: `first`.
-    """
-
-    def __init__(
-        self,
-        groups: Sequence[SourceGroup],
-        packer: Packer,
-        config: LoaderConfig,
-        rank: int,
-        world_size: int,
-        states: Sequence[dict[str, Any] | None],
-        first: int,
-    ) -> None:
-        self.groups = groups
-        self.packer = packer
-        self.config = config
-        self.rank = rank
-        self.world_size = world_size
-        self.states = states
-        self.first = first
-
-    def __iter__(self) -> Iterator[_Delivery]:
-        worker = get_worker_info()
-        stream = (self.first + (worker.id if worker else 0)) % self.config.num_streams
-        try:
-            composer = self._composer(stream)
-            while True:
-                batch = composer.next_batch()
-                yield _Delivery(batch, composer.state_dict(), composer.counters(), composer.timings())
-        except DataError as error:
-            yield _Delivery(error=str(error))
-
-    def _composer(self, stream: int) -> BatchComposer:
-        config = self.config
-        mixture = Mixture(
-            self.groups,
-            consumer=self.rank * config.num_streams + stream,
-            num_consumers=self.world_size * config.num_streams,
-            data_seed=config.data_seed,
-            max_num_tokens_per_sample=min(config.max_num_tokens_per_sample, config.max_num_tokens),
-            max_bad_row_share=config.max_bad_row_share,
-        )
-        composer = BatchComposer(mixture, self.packer, config)
-        if (state := self.states[stream]) is not None:
-            composer.load_state_dict(state)
-        return composer
-
 
 def _identity(delivery: Any) -> Any:
     """Collate function: with batch_size=None the DataLoader would otherwise convert what it does not know."""
     return delivery
 
 
-def _summed(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summed(parts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    parts = list(parts)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: sum(part.get(name, 0) for part in parts) for name in names}
 
@@ -150,7 +82,8 @@ class PackedLoader:
         groups: of the dataset YAML.
         packer: makes the batches.
         config: limits and worker processes.
-        rank, world_size: whose share of the rows this is.
+        rank, world_size: whose packs these are.
+        packs_per_rank: that a rank takes an optimiser step.
 
     Raises:
         DataError: while iterating, if the data cannot be used or a worker process died.
@@ -163,19 +96,25 @@ class PackedLoader:
         config: LoaderConfig,
         rank: int = 0,
         world_size: int = 1,
+        packs_per_rank: int = 1,
     ) -> None:
         if not 0 <= rank < world_size:
             raise DataError(f"rank {rank} of {world_size} ranks does not exist")
+        if packs_per_rank < 1:
+            raise DataError(f"packs_per_rank (gradient_accumulation_steps) is {packs_per_rank}; it must be at least 1")
         self.groups = list(groups)
         self.packer = packer
         self.config = config
         self.rank = rank
         self.world_size = world_size
+        self.layout = StreamLayout(
+            world_size * packs_per_rank, streams_per_pack(config.num_workers), packs_per_rank, rank
+        )
         self.num_batches = 0
-        self._states: list[dict[str, Any] | None] = [None] * config.num_streams
-        self._counters: list[dict[str, int]] = [{}] * config.num_streams
-        self._timings: list[dict[str, float]] = [{}] * config.num_streams
-        self._iterator: Iterator[_Delivery] | None = None
+        self._states: dict[int, dict[str, Any]] = {}
+        self._counters: dict[int, dict[str, int]] = {}
+        self._timings: dict[int, dict[str, float]] = {}
+        self._iterator: Iterator[Delivery] | None = None
         Mixture(self.groups, 0, 1, config.data_seed, 1)  # reports wrong groups before any worker starts
 
     def __iter__(self) -> PackedLoader:
@@ -186,17 +125,33 @@ class PackedLoader:
             self._iterator = self._start()
             close_at_exit(self)
         delivery, batch = self._take(self._iterator)
-        stream = self.num_batches % self.config.num_streams
+        stream = self.layout.stream_at(self.num_batches)
         self._states[stream] = delivery.state
         self._counters[stream] = delivery.counters
         self._timings[stream] = delivery.timings
         self.num_batches += 1
         return batch
 
-    def _start(self) -> Iterator[_Delivery]:
+    def _start(self) -> Iterator[Delivery]:
         config = self.config
-        first = self.num_batches % config.num_streams
-        streams = _Streams(self.groups, self.packer, config, self.rank, self.world_size, list(self._states), first)
+        streams = RankStreams(
+            self.groups,
+            self.packer,
+            config,
+            config.data_seed,
+            config.max_bad_row_share,
+            self.layout,
+            dict(self._states),
+            self.num_batches,
+        )
+        num_workers = self.layout.num_workers(config.num_workers)
+        if num_workers < config.num_workers and self.rank == 0:
+            logger.warning(
+                "%d of num_workers %d are started: that many share the %d data streams of a rank equally",
+                num_workers,
+                config.num_workers,
+                self.layout.period,
+            )
         in_workers = {
             "prefetch_factor": config.prefetch_factor,
             "timeout": config.worker_timeout,
@@ -207,15 +162,15 @@ class PackedLoader:
                 streams,
                 batch_size=None,
                 collate_fn=_identity,
-                num_workers=config.num_workers,
+                num_workers=num_workers,
                 pin_memory=config.pin_memory and torch.cuda.is_available(),
                 # The DataLoader draws a seed for its workers; without a generator it would advance the global one.
                 generator=torch.Generator().manual_seed(config.data_seed),
-                **(in_workers if config.num_workers else {}),
+                **(in_workers if num_workers else {}),
             )
         )
 
-    def _take(self, iterator: Iterator[_Delivery]) -> tuple[_Delivery, PackedBatch]:
+    def _take(self, iterator: Iterator[Delivery]) -> tuple[Delivery, PackedBatch]:
         try:
             delivery = next(iterator)
         except RuntimeError as error:
@@ -253,48 +208,45 @@ class PackedLoader:
         self.close()
 
     def counters(self) -> dict[str, int]:
-        """Rows read, skipped (``too_long``, ``bad: reason``) and packed, over this rank's workers."""
-        return _summed(self._counters)
+        """Rows read, skipped (``too_long``, ``bad: reason``) and packed, over this rank's streams."""
+        return _summed(self._counters.values())
 
     def timings(self) -> dict[str, float]:
         """Seconds by stage (read, plan, decode, pack), summed over this rank's workers since they started."""
-        return _summed(self._timings)
+        return _summed(self._timings.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able state of the stream after the last batch taken."""
+        """JSON-able state of this rank's streams after the last batch taken."""
         return {
             "version": STATE_VERSION,
             "rank": self.rank,
             "world_size": self.world_size,
-            "num_streams": self.config.num_streams,
+            "packs_per_step": self.layout.packs_per_step,
+            "streams_per_pack": self.layout.streams_per_pack,
+            "num_streams": self.layout.num_streams,
             "num_batches": self.num_batches,
             "data": data_identity(self.groups, self.config.data_seed),
-            "streams": copy.deepcopy(self._states),
-            "counters": copy.deepcopy(self._counters),
+            "streams": {str(stream): copy.deepcopy(state) for stream, state in self._states.items()},
+            "counters": {str(stream): dict(counts) for stream, counts in self._counters.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly after the batch at which the state was taken.
+    def load_state_dict(self, read: Callable[[int], dict[str, Any]], num_ranks: int) -> None:
+        """Go on after the batches at which a run's ranks saved their states.
+
+        With as many packs a step as that run had, every step takes exactly the packs that it would have taken, on
+        however many ranks. With others, what is left of the data is dealt anew: no row is lost or comes twice in an
+        epoch.
+
+        Args:
+            read: gives the state that a rank saved; called for those that are needed.
+            num_ranks: that saved.
 
         Raises:
-            DataError: if the state is another rank's, of another number of ranks or workers, or of other data.
+            DataError: if the states are of another version, of other data, or of ranks in the middle of a step that
+                took other packs.
         """
-        if state.get("version") != STATE_VERSION:
-            raise DataError(
-                f"data state of version {state.get('version')}; this program reads version {STATE_VERSION}. Begin the "
-                "data stream anew with --resume_data False"
-            )
-        expected = {"rank": self.rank, "world_size": self.world_size, "num_streams": self.config.num_streams}
-        found = {name: state[name] for name in expected}
-        if found != expected:
-            raise DataError(
-                f"the data state was saved with {found}, this loader has {expected}; resume with as many ranks and "
-                "--num_workers as before, or begin the data stream anew with --resume_data False"
-            )
-        check_same_data(state["data"], self.groups, self.config.data_seed)
-        restarted = {group.name: len(group.source) for group in self.groups if not group.resume_data_status}
+        resumed = resume_streams(SavedRanks(read, num_ranks), self.layout, self.groups, self.config.data_seed)
         self.close()
-        self.num_batches = state["num_batches"]
-        streams = copy.deepcopy(state["streams"])
-        self._states = [stream and with_restarted_groups(stream, restarted) for stream in streams]
-        self._counters = copy.deepcopy(state["counters"])
+        self.layout = resumed.layout
+        self.num_batches = resumed.num_batches
+        self._states, self._counters, self._timings = resumed.states, resumed.counters, {}

@@ -1,8 +1,9 @@
 """Which row comes next: weighted and mandatory groups, read in spans of each epoch's order.
 
-N consumers (ranks × workers) share every group. Consumer c takes the contiguous share ``[s·n/N, (s+1)·n/N)`` of an
-epoch's n positions, with ``s = (c + epoch) mod N``: every row is read by exactly one consumer an epoch, no remainder is
-dropped, and with fewer rows than consumers each consumer's turn comes in a later epoch.
+N consumers (the logical streams of `echo4o.data.streams`) share every group. Consumer c takes the contiguous share
+``[s·n/N, (s+1)·n/N)`` of an epoch's n positions, with ``s = (c + epoch) mod N``: every row is read by exactly one
+consumer an epoch, no remainder is dropped, and with fewer rows than consumers each consumer's turn comes in a later
+epoch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -78,12 +80,19 @@ def check_same_data(saved: dict[str, Any], groups: Sequence[SourceGroup], data_s
         )
 
 
+def share_of_epoch(consumer: int, epoch: int, num_rows: int, num_consumers: int) -> tuple[int, int]:
+    """Positions ``[start, stop)`` of an epoch that a consumer reads."""
+    share = (consumer + epoch) % num_consumers
+    return share * num_rows // num_consumers, (share + 1) * num_rows // num_consumers
+
+
 class GroupCursor:
     """One consumer's place in one group.
 
     `spans` are the ``[epoch, start, stop)`` positions that this consumer has taken on and not yet read; `epoch` is the
-    first epoch of which it has not taken a share. Nothing in them depends on the number of consumers, so that they can
-    be dealt out anew.
+    first epoch of which it has not taken a share. `returned` are rows ``[epoch, index]`` that another stream had read
+    and not used; they come first. Nothing in them depends on the number of consumers, so that they can be dealt out
+    anew (`echo4o.data.dealing`).
     """
 
     def __init__(self, group: SourceGroup, consumer: int, num_consumers: int) -> None:
@@ -93,6 +102,7 @@ class GroupCursor:
         self.num_rows = len(group.source)
         self.epoch = 0
         self.spans: list[list[int]] = []
+        self.returned: list[list[int]] = []
         if not self.num_rows:
             raise DataError(
                 f"group {group.name} has no rows; check its data_dir and num_used_data, or remove the group"
@@ -101,9 +111,7 @@ class GroupCursor:
     def advance(self) -> tuple[int, int]:
         """The next (epoch, position)."""
         while not self.spans:
-            share = (self.consumer + self.epoch) % self.num_consumers
-            start = share * self.num_rows // self.num_consumers
-            stop = (share + 1) * self.num_rows // self.num_consumers
+            start, stop = share_of_epoch(self.consumer, self.epoch, self.num_rows, self.num_consumers)
             if start < stop:
                 self.spans.append([self.epoch, start, stop])
             self.epoch += 1
@@ -114,8 +122,13 @@ class GroupCursor:
             self.spans.pop(0)
         return epoch, position
 
+    def take_returned(self) -> Address | None:
+        """The next row that was read and not used, if there is one."""
+        return Address(self.group.source.name, *self.returned.pop(0)) if self.returned else None
+
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.num_rows, "epoch": self.epoch, "spans": [list(span) for span in self.spans]}
+        state = {"rows": self.num_rows, "epoch": self.epoch, "spans": [list(span) for span in self.spans]}
+        return state | ({"returned": [list(row) for row in self.returned]} if self.returned else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["rows"] != self.num_rows:
@@ -124,6 +137,7 @@ class GroupCursor:
                 f"{self.num_rows} now; restore the data, or begin the data stream anew with --resume_data False"
             )
         self.epoch, self.spans = state["epoch"], [list(span) for span in state["spans"]]
+        self.returned = [list(row) for row in state.get("returned", ())]
 
 
 class Mixture:
@@ -153,9 +167,10 @@ class Mixture:
         self.data_seed = data_seed
         self.max_num_tokens_per_sample = max_num_tokens_per_sample
         num_rows = sum(len(group.source) for group in groups if group.weight > 0 or group.is_mandatory)
-        self.ledger = RowLedger(max_bad_row_share, max(1, num_rows // num_consumers))
+        self.ledger = RowLedger(max_bad_row_share, num_rows, num_consumers)
         self.num_draws = 0
-        self.plan_seconds = 0.0
+        self.plan_seconds = 0.0  # reading included
+        self.read_seconds = 0.0
         self._cursors = {group.name: GroupCursor(group, consumer, num_consumers) for group in groups}
         self._fruitless = {
             name: FruitlessRows(name, cursor.num_rows, max_num_tokens_per_sample)
@@ -183,18 +198,25 @@ class Mixture:
         Raises:
             DataError: if too many rows are bad, or no row of the group can be used.
         """
-        started = time.perf_counter()
         name = self._draw_group() if group is None else group
-        plan = self._next_usable(name)
-        self.plan_seconds += time.perf_counter() - started
-        return GroupedRow(name, plan)
+        with self._timed(name):
+            return GroupedRow(name, self._next_usable(name))
 
     def locate(self, group: str, address: Sequence) -> GroupedRow:
         """A row that was drawn earlier, by its address."""
-        started = time.perf_counter()
-        plan = self.groups[group].source.locate(Address(*address))
-        self.plan_seconds += time.perf_counter() - started
-        return GroupedRow(group, plan)
+        with self._timed(group):
+            return GroupedRow(group, self.groups[group].source.locate(Address(*address)))
+
+    @contextmanager
+    def _timed(self, group: str) -> Iterator[None]:
+        """A source counts its own reading; several streams of one process may share it."""
+        source = self.groups[group].source
+        started, read_before = time.perf_counter(), getattr(source, "read_seconds", 0.0)
+        try:
+            yield
+        finally:
+            self.plan_seconds += time.perf_counter() - started
+            self.read_seconds += getattr(source, "read_seconds", 0.0) - read_before
 
     def _draw_group(self) -> str:
         identity = f"{self.data_seed}\0{self.consumer}\0{self.num_draws}".encode()
@@ -208,19 +230,30 @@ class Mixture:
     def _next_usable(self, name: str) -> RowPlan:
         cursor, fruitless = self._cursors[name], self._fruitless[name]
         while True:
-            epoch, position = cursor.advance()
-            self.ledger.count_read()
+            place = cursor.take_returned()
+            if place is None:
+                place = cursor.advance()
+                self.ledger.count_read()
             try:
-                plan = cursor.group.source.plan(epoch, position)
+                plan = self._plan(cursor.group, place)
             except RowError as error:
                 self.ledger.count_bad(error)
-                fruitless.not_planned(error.where or position, error)
+                fruitless.not_planned(error.where or place[-1], error)
                 continue
             if plan.num_tokens <= self.max_num_tokens_per_sample:
                 fruitless.planned()
                 return plan
             self.ledger.count_too_long(plan, self._remedy(plan))
             fruitless.not_planned(_row_of(plan))
+
+    @staticmethod
+    def _plan(group: SourceGroup, place: Address | tuple[int, int]) -> RowPlan:
+        return group.source.locate(place) if isinstance(place, Address) else group.source.plan(*place)
+
+    @property
+    def num_returned(self) -> int:
+        """Rows counted as read that other streams had not used and this one has not drawn yet."""
+        return sum(len(cursor.returned) for cursor in self._cursors.values())
 
     def count_decoded(self, row: GroupedRow) -> None:
         """A row that was drawn has been decoded."""

@@ -53,6 +53,7 @@ class Sample:
             the packer draw one from its generator.
         name: name of the data set it came from.
         row: where it lies on disk, for messages (``file:row``).
+        address: (source, epoch, index) of the row, for tracing.
     """
 
     segments: tuple[Segment, ...]
@@ -60,6 +61,7 @@ class Sample:
     name: str = ""
     row: str = ""
     extra: Mapping[str, object] = field(default_factory=dict)
+    address: tuple[str, int, int] | None = None
 
     @classmethod
     def from_plan(

@@ -172,6 +172,7 @@ class PackedSequence:
 
     def batch(self) -> PackedBatch:
         """The finished pack; it must hold at least one segment."""
+        addresses = [sample.address for sample in self.samples if sample.address is not None]
         return PackedBatch(
             sequence_length=self.length,
             sample_lens=self.sample_lens,
@@ -197,4 +198,5 @@ class PackedSequence:
             vae_seeds=self.noise_seeds or None,
             sample_names=[sample.name for sample in self.samples],
             sample_rows=[sample.row for sample in self.samples],
+            sample_addresses=addresses if len(addresses) == len(self.samples) else [],
         )

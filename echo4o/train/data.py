@@ -30,6 +30,7 @@ def build_groups(
         DataError: if the YAML or the data it names cannot be used.
     """
     path, info = Path(config.data.dataset_config_file), config.data.dataset_info
+    cache_dir = config.data.data_cache_dir
     context = SourceContext(
         tokenizer=tokenizer,
         special_tokens=special_tokens,
@@ -45,6 +46,7 @@ def build_groups(
         dataset_info=Path(info).expanduser().resolve() if info else None,
         visual_gen=architecture.visual_gen,
         visual_und=architecture.visual_und,
+        cache_dir=Path(cache_dir).expanduser().resolve() if cache_dir else None,
     )
     return build_sources(read_dataset_config(path), context)
 
@@ -55,8 +57,9 @@ def build_loader(
     special_tokens: SpecialTokens,
     groups: list[SourceGroup],
     engine: Engine,
+    packs_per_rank: int = 1,
 ) -> PackedLoader:
-    """The stream of packed batches for this rank."""
+    """The stream of packed batches for this rank, which takes `packs_per_rank` of them an optimiser step."""
     model, data = config.model, config.data
     packer = Packer(
         PackingConfig(
@@ -88,4 +91,4 @@ def build_loader(
         max_bad_row_share=data.max_bad_row_share,
         pin_memory=engine.device.type == "cuda",
     )
-    return PackedLoader(groups, packer, loader_config, engine.rank, engine.world_size)
+    return PackedLoader(groups, packer, loader_config, engine.rank, engine.world_size, packs_per_rank)

@@ -74,10 +74,16 @@ class FakeSource:
         return len(self.sizes)
 
     def plan(self, epoch: int, position: int) -> FakePlan:
+        return self.locate(Address(self.name, epoch, self.row_index(epoch, position)))
+
+    def row_index(self, epoch: int, position: int) -> int:
         if epoch not in self.orders:
             seed = item_seed(self.data_seed, epoch, self.name, -1)
             self.orders[epoch] = np.random.default_rng(seed).permutation(len(self))
-        return self.locate(Address(self.name, epoch, int(self.orders[epoch][position])))
+        return int(self.orders[epoch][position])
+
+    def expect_streams(self, num_streams: int) -> None:
+        """Everything is in memory."""
 
     def locate(self, address: Address) -> FakePlan:
         if address.index in self.bad_rows:

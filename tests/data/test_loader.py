@@ -26,8 +26,25 @@ def config(**kwargs):
     return LoaderConfig(**{**LIMITS, "prefer_buffer_before": 50, "num_workers": 0, "worker_timeout": 60, **kwargs})
 
 
-def loader(groups, packer=PACKER, rank=0, world_size=1, **kwargs):
-    return PackedLoader(groups, packer, config(**kwargs), rank, world_size)
+def loader(groups, packer=PACKER, rank=0, world_size=1, packs_per_rank=1, **kwargs):
+    return PackedLoader(groups, packer, config(**kwargs), rank, world_size, packs_per_rank)
+
+
+def composer(groups, **kwargs):
+    """A stream by itself."""
+    limits = config(**kwargs)
+    return BatchComposer(Mixture(groups, 0, 1, 42, limits.max_num_tokens_per_sample), PACKER, limits)
+
+
+def saved(stream):
+    """The state of a loader as a checkpoint gives it back."""
+    return json.loads(json.dumps(stream.state_dict()))
+
+
+def resume(stream, state):
+    """From the checkpoint of a run of one rank."""
+    stream.load_state_dict({0: state}.__getitem__, 1)
+    return stream
 
 
 def sizes(count, seed=0, low=4, high=60):
@@ -70,7 +87,7 @@ def test_packs_keep_the_limits_and_lose_no_row():
     source = group("a", [*sizes(60), 61, 99], bad_images=frozenset({7}))
     stream = loader([source])
     packed = Counter()
-    for batch in itertools.islice(stream, 60):
+    for batch in itertools.islice(stream, 80):
         batch.validate()
         assert batch.sequence_length <= 100
         packed.update(batch.sample_rows)
@@ -78,7 +95,8 @@ def test_packs_keep_the_limits_and_lose_no_row():
     counters = stream.counters()
     accounted = len(packed) + counters["too_long"] + counters["bad_rows"] + counters["buffered"]
     assert accounted == counters["rows"] and counters["too_long"] > 2 and counters["bad_rows"] > 0
-    waiting = {tuple(address) for _, address, _ in stream.state_dict()["streams"][0]["buffer"]}
+    buffers = [part["buffer"] for part in stream.state_dict()["streams"].values()]
+    waiting = {tuple(address) for buffer in buffers for _, address, _ in buffer}
     rows_seen = {row.split("/")[1] for row in packed} | {f"{epoch}:{index}" for _, epoch, index in waiting}
     for epoch in (0, 1, 2):
         missing = {f"{epoch}:{index}" for index in range(62)} - rows_seen
@@ -87,14 +105,12 @@ def test_packs_keep_the_limits_and_lose_no_row():
 
 def test_no_row_waits_for_ever():
     """Two rows of 51 never fit together and are never the best fit; they go in all the same."""
-    stream = loader([group("a", [*[50] * 40, 51, 52])])
+    stream = composer([group("a", [*[50] * 40, 51, 52])])
     drawn_at, longest = {}, 0
     for number in range(120):
-        held = (
-            {tuple(address): number for _, address, _ in stream.state_dict()["streams"][0]["buffer"]} if number else {}
-        )
+        held = {tuple(address): number for _, address, _ in stream.state_dict()["buffer"]}
         drawn_at = held | drawn_at
-        for row in next(stream).sample_rows:
+        for row in stream.next_batch().sample_rows:
             epoch, index = map(int, row.split("/")[1].split(":"))
             longest = max(longest, number - drawn_at.pop(("a", epoch, index), number))
     patience = PATIENCE * LIMITS["max_buffer_size"]
@@ -177,8 +193,8 @@ def test_mandatory_groups_that_do_not_fit_together_take_turns():
 
 
 def test_rows_that_never_fit_beside_a_mandatory_one_do_not_starve(caplog):
-    stream = loader([group("m", [55] * 5, 0.0, True), group("a", [50] * 5, 1.0)], max_buffer_size=2)
-    batches = list(itertools.islice(stream, 2 * (PATIENCE * 2 + MAX_PASSES + 1)))
+    stream = composer([group("m", [55] * 5, 0.0, True), group("a", [50] * 5, 1.0)], max_buffer_size=2)
+    batches = [stream.next_batch() for _ in range(2 * (PATIENCE * 2 + MAX_PASSES + 1))]
     without = [batch for batch in batches if "m" not in batch.sample_names]
     assert len(without) == 2 and all(batch.sample_names == ["a", "a"] for batch in without)
     assert "max_num_tokens" in caplog.text
@@ -230,20 +246,22 @@ def test_a_restored_stream_continues_exactly(num_workers, num_taken):
     with loader(groups(), num_workers=num_workers) as stream:
         for _ in range(num_taken):
             next(stream)
-        state = json.loads(json.dumps(stream.state_dict()))
+        state = saved(stream)
         expected = [identity(next(stream)) for _ in range(7)]
         counters = stream.counters()
     if num_taken > 3:
-        assert all(len(part["buffer"]) > 0 for part in state["streams"])
-    with loader(groups(), num_workers=num_workers) as restored:
-        restored.load_state_dict(state)
+        assert all(len(part["buffer"]) > 0 for part in state["streams"].values())
+    with resume(loader(groups(), num_workers=num_workers), state) as restored:
         assert [identity(next(restored)) for _ in range(7)] == expected
         assert restored.counters() == counters
 
 
-def test_one_worker_and_none_give_the_same_stream():
-    with loader(groups(), num_workers=1) as one:
-        assert [identity(next(one)) for _ in range(5)] == [identity(b) for b in itertools.islice(loader(groups()), 5)]
+@pytest.mark.parametrize("packs_per_rank", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_workers_and_none_give_the_same_stream(num_workers, packs_per_rank):
+    expected = [identity(b) for b in itertools.islice(loader(groups(), packs_per_rank=packs_per_rank), 11)]
+    with loader(groups(), num_workers=num_workers, packs_per_rank=packs_per_rank) as stream:
+        assert [identity(next(stream)) for _ in range(11)] == expected
 
 
 def test_close_loses_nothing():
@@ -264,8 +282,8 @@ def test_iterating_leaves_the_global_generator_alone():
     assert torch.rand(1) == expected
 
 
-@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (3, 0), (2, 2)])
-def test_every_row_exactly_once_an_epoch_over_all_consumers(world_size, num_workers):
+@pytest.mark.parametrize(("world_size", "packs_per_rank", "num_workers"), [(1, 1, 0), (3, 1, 0), (2, 1, 2), (1, 2, 3)])
+def test_every_row_exactly_once_an_epoch_over_all_streams(world_size, packs_per_rank, num_workers):
     seen = Counter()
     for rank in range(world_size):
         with loader(
@@ -273,23 +291,20 @@ def test_every_row_exactly_once_an_epoch_over_all_consumers(world_size, num_work
             PACKER,
             rank,
             world_size,
+            packs_per_rank,
             num_workers=num_workers,
         ) as stream:
-            for batch in itertools.islice(stream, 60):
+            for batch in itertools.islice(stream, 150):
                 seen.update(batch.sample_rows)
     for name, count in (("a", 31), ("b", 17)):
         for epoch in (0, 1):
             assert [seen[f"{name}/{epoch}:{index}"] for index in range(count)] == [1] * count
 
 
-def test_a_state_of_another_shape_is_refused():
-    state = loader(groups()).state_dict()
-    with pytest.raises(DataError, match=r"--num_workers.*--resume_data False"):
-        loader(groups(), num_workers=2).load_state_dict(state)
-    with pytest.raises(DataError, match=r"ranks.*--resume_data False"):
-        loader(groups(), PACKER, 1, 2).load_state_dict(state)
+@pytest.mark.parametrize("version", [2, 99])
+def test_a_state_of_another_version_is_refused(version):
     with pytest.raises(DataError, match=r"version(.|\n)*--resume_data False"):
-        loader(groups()).load_state_dict({**state, "version": 99})
+        resume(loader(groups()), {**loader(groups()).state_dict(), "version": version})
 
 
 @pytest.mark.parametrize(
@@ -306,14 +321,13 @@ def test_other_data_are_refused_on_resume(changed, data_seed, message):
     stream = loader([group("a", [9] * 5, 2.0), group("b", [9] * 4)])
     next(stream)
     with pytest.raises(DataError, match=rf"{message}.*(.|\n)*--resume_data False"):
-        loader(changed, data_seed=data_seed).load_state_dict(json.loads(json.dumps(stream.state_dict())))
+        resume(loader(changed, data_seed=data_seed), saved(stream))
 
 
 def test_another_weight_is_logged_and_goes_on_without_losing_a_row(caplog):
     stream = loader([group("a", [9] * 30, 2.0), group("b", [9] * 30)])
     rows = list(next(stream).sample_rows)
-    restored = loader([group("a", [9] * 30, 0.5), group("b", [9] * 30)])
-    restored.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+    restored = resume(loader([group("a", [9] * 30, 0.5), group("b", [9] * 30)]), saved(stream))
     assert "the weight of group a was 2 and is 0.5 now" in caplog.text
     rows += [row for batch in itertools.islice(restored, 4) for row in batch.sample_rows]
     assert len(set(rows)) == len(rows)
@@ -331,16 +345,16 @@ def test_a_group_that_does_not_resume_starts_at_its_beginning_with_none_of_its_r
 
     stream, restored = fresh(), fresh()
     taken = [row for batch in itertools.islice(stream, 4) for row in batch.sample_rows]
-    state = json.loads(json.dumps(stream.state_dict()))
-    assert any(waiting[0] == "b" for waiting in state["streams"][0]["buffer"])
-    restored.load_state_dict(state)
-    kept = restored.state_dict()["streams"][0]
-    assert kept["buffer"] == [waiting for waiting in state["streams"][0]["buffer"] if waiting[0] == "a"]
+    state = saved(stream)
+    assert any(waiting[0] == "b" for part in state["streams"].values() for waiting in part["buffer"])
+    resume(restored, state)
+    for stream_id, kept in restored.state_dict()["streams"].items():
+        assert kept["buffer"] == [row for row in state["streams"][stream_id]["buffer"] if row[0] == "a"]
     rows = [row for batch in itertools.islice(restored, 9) for row in batch.sample_rows]
     assert len(set(rows)) == len(rows)
     assert not {row for row in rows if row.startswith("a/")} & set(taken)
     assert {row for row in rows if row.startswith("b/")} & set(taken)
-    fresh(80).load_state_dict(state)
+    resume(fresh(80), state)
 
 
 def test_close_does_not_restart_a_group_that_does_not_resume():
@@ -354,11 +368,10 @@ def test_a_buffered_row_that_vanished_is_named():
     stream = loader([group("a", sizes(20))])
     next(stream)
     state = stream.state_dict()
-    lost = frozenset({state["streams"][0]["buffer"][0][1][2]})
-    restored = loader([group("a", sizes(20), bad_rows=lost)])
-    restored.load_state_dict(state)
+    lost = frozenset({state["streams"]["0"]["buffer"][0][1][2]})
+    restored = resume(loader([group("a", sizes(20), bad_rows=lost)], max_bad_row_share=1.0), state)
     with pytest.raises(DataError, match="Restore the data"):
-        next(restored)
+        list(itertools.islice(restored, 4))
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------
@@ -396,3 +409,8 @@ def test_timings_and_counters_cover_all_workers():
 def test_wrong_settings_are_named(wrong, message):
     with pytest.raises(DataError, match=message):
         config(**wrong)
+
+
+def test_packs_per_rank_below_one_is_named():
+    with pytest.raises(DataError, match="gradient_accumulation_steps"):
+        loader(groups(), packs_per_rank=0)

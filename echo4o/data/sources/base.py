@@ -94,6 +94,10 @@ class Source(Protocol):
         """The row at a known address, planned exactly as before. Raises RowError."""
         ...
 
+    def expect_streams(self, num_streams: int) -> None:
+        """So many streams of this process will read in turn, each at a place of its own."""
+        ...
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -127,6 +131,7 @@ class SourceContext:
         visual_gen: the model has a generation branch (VAE images).
         visual_und: the model has an understanding branch; without it no ViT image is laid down.
         max_bad_file_share: the run stops where more than this share of a data set's parquet files are unreadable.
+        cache_dir: folder on a disk of this machine into which parquet files are copied on first use; ``None``: nowhere.
     """
 
     tokenizer: Tokenizer
@@ -138,6 +143,7 @@ class SourceContext:
     visual_gen: bool = True
     visual_und: bool = True
     max_bad_file_share: float = 0.1
+    cache_dir: Path | None = None
 
 
 @dataclass(frozen=True)

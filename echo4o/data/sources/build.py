@@ -20,6 +20,7 @@ from echo4o.data.sources.drafts import Drafter
 from echo4o.data.sources.edit import EditPlanner
 from echo4o.data.sources.jsonl import JsonlRows
 from echo4o.data.sources.multi_ref import MultiRefOptions, MultiRefPlanner
+from echo4o.data.sources.node_cache import NodeCache
 from echo4o.data.sources.parquet import ParquetRows
 from echo4o.data.sources.rows import DataSet, GroupRows, RowPlanner, RowStore
 from echo4o.data.sources.settings import boolean, check_type, share, whole, wrong
@@ -80,11 +81,11 @@ def build_sources(dataset_config: Mapping[str, Any], context: SourceContext) -> 
     info, info_dir = _dataset_info(settings.pop("dataset_info", None), context)
     if not settings:
         raise DataError(f"the dataset config has no groups; known: {', '.join(KINDS)}")
-    groups = []
+    groups, cache = [], NodeCache(context.cache_dir) if context.cache_dir else None
     for name, group in settings.items():
         if not isinstance(group, Mapping):
             raise DataError(f"{name} in the dataset config must be a mapping with dataset_names, weight, …")
-        groups.append(_GroupBuilder(str(name), group, info, info_dir, context).build())
+        groups.append(_GroupBuilder(str(name), group, info, info_dir, context, cache).build())
     return groups
 
 
@@ -95,6 +96,7 @@ class _GroupBuilder:
     info: Mapping[str, Any]
     info_dir: Path
     context: SourceContext
+    cache: NodeCache | None
 
     def build(self) -> SourceGroup:
         kind = self.settings.get("type", self.name)
@@ -229,7 +231,7 @@ class _GroupBuilder:
             return JsonlRows(lines, num_used, line_seed)
         if num_used is not None:
             parquet = [parquet[number % len(parquet)] for number in range(num_used)]
-        return ParquetRows(parquet, columns)
+        return ParquetRows(parquet, columns, self.cache)
 
     def _paths(self, value: Any) -> list[Path]:
         """Absolute paths; relative ones start at the folder of the file that names them."""

@@ -68,6 +68,9 @@ class JsonlRows:
             raise RowError("invalid json", detail=f"the line holds a {type(values).__name__}, not an object")
         return values
 
+    def expect_streams(self, num_streams: int) -> None:
+        """Lines are read one by one: nothing has to be kept for a stream."""
+
     def _descriptor(self, file: int) -> int:
         if file not in self._descriptors:
             self._descriptors[file] = os.open(self.files[file], os.O_RDONLY)

@@ -10,7 +10,7 @@ import numpy as np
 from echo4o.data.sources.base import item_seed
 
 _KEPT_EPOCHS = 2
-_KEPT_UNITS = 4
+_KEPT_UNITS = 4  # or two a stream, where there are more
 
 
 class EpochOrder:
@@ -30,9 +30,14 @@ class EpochOrder:
         self._name = name
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._units: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._num_kept_units = _KEPT_UNITS
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
+
+    def expect_streams(self, num_streams: int) -> None:
+        """Remember the order of the units at which so many streams are."""
+        self._num_kept_units = max(_KEPT_UNITS, 2 * num_streams)
 
     def row_at(self, epoch: int, position: int) -> int:
         """Row at a position of an epoch; each row stands at exactly one position."""
@@ -57,7 +62,7 @@ class EpochOrder:
         key = (epoch, unit)
         if key not in self._units:
             length = int(self._first_rows[unit + 1] - self._first_rows[unit])
-            _remember(self._units, key, self._shuffled(length, epoch, f"unit {unit}"), _KEPT_UNITS)
+            _remember(self._units, key, self._shuffled(length, epoch, f"unit {unit}"), self._num_kept_units)
         return self._units[key]
 
     def _shuffled(self, length: int, epoch: int, what: str) -> np.ndarray:

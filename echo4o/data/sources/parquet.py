@@ -1,4 +1,8 @@
-"""Rows of parquet files. A unit is a row group: it is read once and its rows are served from memory."""
+"""Rows of parquet files. A unit is a row group: it is read once and its rows are served from memory.
+
+A stream reads all rows of a row group before it goes on to the next, so that one of which all were read is let go at
+once. Streams that share a process are each in the middle of another one.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from echo4o.data.errors import RowError
+from echo4o.data.sources.node_cache import NodeCache
 
 _log = logging.getLogger(__name__)
-_KEPT_ROW_GROUPS = 2
+_KEPT_ROW_GROUPS = 2  # a stream: the one it reads, and one whose other rows belong to another stream
 _FOOTER_THREADS = 16
 
 
@@ -30,9 +35,10 @@ class ParquetRows:
     Args:
         files: parquet files.
         columns: columns that may be read; those a file lacks are absent from its rows.
+        cache: where copies of the files are read instead; they go on to be named by their own paths.
     """
 
-    def __init__(self, files: Sequence[Path], columns: Sequence[str]) -> None:
+    def __init__(self, files: Sequence[Path], columns: Sequence[str], cache: NodeCache | None = None) -> None:
         distinct = list(dict.fromkeys(files))
         with ThreadPoolExecutor(min(_FOOTER_THREADS, len(distinct) or 1)) as pool:
             found = dict(zip(distinct, pool.map(_row_group_lengths, distinct), strict=True))
@@ -48,7 +54,10 @@ class ParquetRows:
         self._offsets_in_file = [
             end - length for path in self.files for end, length in _ends_and_lengths(group_lengths[path])
         ]
+        self._cache = cache
         self._tables: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
+        self._num_unread: dict[tuple[Path, int], int] = {}
+        self._num_kept = _KEPT_ROW_GROUPS
 
     def __len__(self) -> int:
         return self._unit_ends[-1] if self._unit_ends else 0
@@ -70,6 +79,12 @@ class ParquetRows:
             return {name: table.column(name)[offset].as_py() for name in table.column_names}
         except (pa.ArrowException, ValueError, OverflowError) as error:
             raise RowError("parquet unreadable", detail=str(error)) from error
+        finally:
+            self._count_read(self._units[unit])
+
+    def expect_streams(self, num_streams: int) -> None:
+        """Keep the row groups that so many streams are reading."""
+        self._num_kept = _KEPT_ROW_GROUPS * num_streams
 
     def _unit_of(self, row: int) -> tuple[int, int]:
         unit = bisect_right(self._unit_ends, row)
@@ -81,19 +96,28 @@ class ParquetRows:
             self._tables.move_to_end(key)
             return self._tables[key]
         try:
-            with pq.ParquetFile(path, memory_map=True) as file:
+            with pq.ParquetFile(self._cache.local(path) if self._cache else path, memory_map=True) as file:
                 columns = [name for name in file.schema_arrow.names if name in self._columns]
                 # One thread: every worker process reads its own row groups, and Arrow's pool does not survive a fork.
                 table = file.read_row_group(group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise RowError("parquet unreadable", detail=f"row group {group}: {error}") from error
         self._tables[key] = table
-        while len(self._tables) > _KEPT_ROW_GROUPS:
-            self._tables.popitem(last=False)
+        self._num_unread[key] = table.num_rows
+        while len(self._tables) > self._num_kept:
+            self._forget(next(iter(self._tables)))
         return table
 
+    def _count_read(self, key: tuple[Path, int]) -> None:
+        self._num_unread[key] -= 1
+        if not self._num_unread[key]:
+            self._forget(key)
+
+    def _forget(self, key: tuple[Path, int]) -> None:
+        del self._tables[key], self._num_unread[key]
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": OrderedDict()}
+        return {**self.__dict__, "_tables": OrderedDict(), "_num_unread": {}}
 
 
 def _row_group_lengths(path: Path) -> list[int] | None:

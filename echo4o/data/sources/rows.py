@@ -31,6 +31,8 @@ class RowStore(Protocol):
 
     def folder(self, row: int) -> Path: ...
 
+    def expect_streams(self, num_streams: int) -> None: ...
+
 
 class RowPlanner(Protocol):
     """Turns the columns of a raw row into segments. One for each kind of data."""
@@ -117,6 +119,12 @@ class GroupRows:
         num_tokens = sum(draft.num_tokens for draft in drafts)
         load = SampleLoader(drafts, seed, data_set.name, file, row)
         return RowPlan(address, num_tokens, seed, f"{file}:{row}", data_set.name, load, tuple(drafts))
+
+    def expect_streams(self, num_streams: int) -> None:
+        """Keep at hand what so many streams of this process are reading."""
+        self._order.expect_streams(num_streams)
+        for data_set in self._data_sets:
+            data_set.store.expect_streams(num_streams)
 
     def _picture_reader(self, data_set: DataSet, index: int) -> PictureReader:
         folders = (data_set.image_folder, data_set.store.folder(index))
