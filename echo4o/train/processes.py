@@ -20,7 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from echo4o.train.rendezvous import agree_on_start
+from echo4o.train.signs import start_time
+
 T = TypeVar("T")
+
+#: Seconds that a question to the rendezvous' store may take.
+STORE_TIMEOUT = 5.0
+
+
+class RendezvousError(RuntimeError):
+    """The processes of the run do not find each other; the message names the remedy."""
 
 
 @dataclass
@@ -63,6 +73,11 @@ class Processes:
         )
 
     @property
+    def name(self) -> str:
+        """For messages."""
+        return f"rank {self.rank} on host {self.host}"
+
+    @property
     def num_nodes(self) -> int:
         return -(-self.world_size // max(1, self.local_world_size))
 
@@ -73,7 +88,7 @@ class Processes:
             even_alone: also in a run of one process (an engine that shards over one).
 
         Raises:
-            RuntimeError: if the others do not appear within the timeout.
+            RendezvousError: if the others do not appear within the timeout.
         """
         if self._started or (self.world_size == 1 and not even_alone):
             return
@@ -84,8 +99,18 @@ class Processes:
             # Alone, nobody has to be met: a file serves, and no port is taken.
             self._rendezvous = Path(tempfile.mkdtemp(prefix="echo4o-"))
             options |= {"store": dist.FileStore(str(self._rendezvous / "store"), 1), "rank": 0, "world_size": 1}
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **options)
-        self.group = dist.new_group(backend="gloo", timeout=timeout)
+        try:
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                options |= {"store": self._store_of_this_start(), "rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, **options)
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
+        except RuntimeError as error:
+            raise RendezvousError(
+                f"{self.name} does not meet the other ranks at {rendezvous_address()}: {str(error).splitlines()[0]}\n"
+                "  Look for an error of another rank. Otherwise check that this address is the first node's and can be "
+                "reached from all, and name the network interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME "
+                f"(--dist_timeout, now {self.timeout:.0f} s, waits longer)."
+            ) from error
         self._started = True
 
     def close(self) -> None:
@@ -93,6 +118,17 @@ class Processes:
         if self._started:
             dist.destroy_process_group()
             self.group, self._started = None, False
+
+    def connect_store(self, key: str) -> dist.Store:
+        """A connection of its own to the store of the rendezvous, for one thread; names in it begin with `key`."""
+        store = dist.distributed_c10d._get_default_store().clone()
+        store.set_timeout(timedelta(seconds=STORE_TIMEOUT))
+        return dist.PrefixStore(key, store)
+
+    def _store_of_this_start(self) -> dist.Store:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, self.world_size, False, timedelta(seconds=self.timeout))
+        return dist.PrefixStore(agree_on_start(store, self.rank, self.world_size, self.timeout), store)
 
     # ------------------------------------------------------------ exchanges
 
@@ -127,3 +163,26 @@ class Processes:
         if self.world_size == 1:
             return self
         return dataclasses.replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout)))
+
+
+def rendezvous_address() -> str:
+    """For messages."""
+    return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+
+
+def name_of_start() -> str:
+    """The same for all ranks that one launcher starts on this host, for use before they have met."""
+    parent = os.getppid()
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"echo4o-{os.environ.get('MASTER_PORT', '0')}-{parent}-{start_time(parent)}-{restart}"
+
+
+def first_on_this_host(key: str) -> bool:
+    """Whether no other process of this host has asked so far: for messages that ranks cannot agree about otherwise."""
+    try:
+        (Path(tempfile.gettempdir()) / f"{key}.claimed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
