@@ -142,7 +142,7 @@ def _sharding_units(model: Bagel) -> Iterator[nn.Module]:
     """As `echo4o.train.parallelize.shard` divides the model."""
     yield from blocks(model)
     if not model.config.llm.tie_word_embeddings:
-        yield from (model.language_model.model.embed_tokens, model.language_model.lm_head)
+        yield model.language_model.model.embed_tokens
 
 
 def _numbers(parameters: Iterable[nn.Parameter], trained: bool = False) -> int:
