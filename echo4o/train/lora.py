@@ -50,8 +50,12 @@ def add_lora(
     layers = target_layers(model, targets)
     _refuse_cut(model, layers)
     config = LoraConfig(
-        r=rank, lora_alpha=scaled_alpha(rank, alpha), lora_dropout=dropout, target_modules=layers, bias="none"
-    )  # pyright: ignore[reportCallIssue]
+        r=rank,
+        lora_alpha=scaled_alpha(rank, alpha),  # pyright: ignore[reportArgumentType]
+        lora_dropout=dropout,
+        target_modules=layers,
+        bias="none",
+    )
     inject_adapter_in_model(config, model, low_cpu_mem_usage=model.device.type == "meta")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_adapter(name))

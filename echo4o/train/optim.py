@@ -108,7 +108,7 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
     if not torch.cuda.is_available():
         raise ConfigError("optimizer adamw_8bit needs a GPU, and torch sees none: use --optimizer adamw")
     try:
-        from torchao.optim import AdamW8bit
+        from torchao.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(f"optimizer adamw_8bit needs torchao ({error}): pip install 'echo4o[8bit]'") from error
     return AdamW8bit
