@@ -35,6 +35,7 @@ from echo4o.train.optim import build_adamw, freeze, lr_schedule
 from echo4o.train.parallelize import apply_activation_checkpointing, compile_blocks
 from echo4o.train.processes import Processes
 from echo4o.train.reading import cast_frozen, check_weights, reading
+from echo4o.train.row_log import RowLog
 from echo4o.train.throughput import Throughput, find_peak_tflops
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Run:
     step: int = 0
     trainer_state: dict[str, Any] = field(default_factory=dict)
     frozen_file: Path | None = None
+    row_log: RowLog | None = None
 
     @property
     def total_steps(self) -> int:
@@ -104,6 +106,8 @@ class Run:
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
+        if self.row_log is not None:
+            self.row_log.close()
         self.loader.close()
 
 
@@ -165,6 +169,9 @@ def set_up(config: RunConfig, processes: Processes) -> Run:
         _resume(run, plan.resume_from)
     _set_aside_later_checkpoints(run, plan)
     run.sinks = _build_sinks(run)
+    if training.log_rows:
+        run.row_log = RowLog(training.results_dir, engine.rank, run.step)
+    engine.barrier()
     if engine.rank == 0:
         print(_banner(run, plan, initial, unexpected, groups, pack_note), flush=True)
     return run

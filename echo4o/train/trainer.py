@@ -98,6 +98,8 @@ class Trainer:
             with _explained_out_of_memory(micro_batches):
                 result = self.train_step(micro_batches, lr=run.schedule(step - 1))
             run.step = step
+            if run.row_log is not None:
+                run.row_log.write(step, micro_batches)
             self.count(result, micro_batches)
             if step % self.config.log_every == 0 or step == run.total_steps:
                 self.log(result)

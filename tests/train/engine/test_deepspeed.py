@@ -125,7 +125,7 @@ MATRIX = {
     "a model with its values": (2, ["zero1_values", "zero2_values", "zero3_values"]),
     "offload": (2, ["zero1_offload", "zero2_offload", "zero3_offload"]),
     "offload, small buckets": (2, ["zero1_large_offload", "zero2_large_offload", "zero3_large_offload"]),
-    "three ranks": (3, ["zero2", "zero3"]),
+    "four ranks": (4, ["zero2", "zero3"]),
 }
 
 

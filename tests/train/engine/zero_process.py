@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -267,11 +268,11 @@ def run_zero(folder: Path, names: list[str], world_size: int, timeout: float = 3
             process = subprocess.Popen(command, cwd=ROOT, env=own, stdout=log, stderr=subprocess.STDOUT)
             stack.callback(_end, process)
             processes.append(process)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            for process in processes:
-                process.wait(timeout)
-                if process.returncode:
-                    break  # the others wait for it in vain
+        end = time.monotonic() + timeout
+        while time.monotonic() < end and any(process.poll() is None for process in processes):
+            if any(process.poll() for process in processes):
+                break  # the others wait for it in vain
+            time.sleep(0.1)
     logs = "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("rank*.log")))
     assert all(process.returncode == 0 for process in processes), logs
     return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in names}
