@@ -150,7 +150,7 @@ def measure(args: argparse.Namespace) -> dict:
         "samples_per_cpu_second": num_samples / cpu_seconds if not args.workers else 0.0,
         "packs_per_second": args.packs / seconds,
         "fill": fill,
-        "fill_bound": None if args.dropout else best_fit_bound(build_groups(args.data), config, args.packs),
+        "fill_bound": None if args.dropout else best_fit_bound(loader, args.packs),
         "rows_read": counters["rows"],
         **accounted,
         "rows_lost": counters["rows"] - sum(accounted.values()),
@@ -160,12 +160,17 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
-def best_fit_bound(groups: list[SourceGroup], config: LoaderConfig, num_packs: int) -> float:
-    """Fill of best fit over the same lookahead when no row has a right to be packed in its turn (one consumer)."""
-    mixture = Mixture(groups, 0, 1, config.data_seed, config.max_num_tokens_per_sample)
-    buffer: list[int] = []
+def best_fit_bound(loader: PackedLoader, num_packs: int) -> float:
+    """Fill of best fit over the same rows and lookahead when no row has a right to be packed in its turn."""
+    config, layout = loader.config, loader.layout
+    mixtures = {
+        stream: Mixture(loader.groups, stream, layout.num_streams, config.data_seed, config.max_num_tokens_per_sample)
+        for stream in layout.own_streams
+    }
+    buffers: dict[int, list[int]] = {stream: [] for stream in mixtures}
     total = 0
-    for _ in range(num_packs):
+    for position in range(num_packs):
+        mixture, buffer = mixtures[layout.stream_at(position)], buffers[layout.stream_at(position)]
         room = config.max_num_tokens
         while room > config.max_num_tokens - config.expected_num_tokens:
             buffer += [mixture.next_row().plan.num_tokens for _ in range(LOOKAHEAD - len(buffer))]
@@ -173,7 +178,7 @@ def best_fit_bound(groups: list[SourceGroup], config: LoaderConfig, num_packs: i
             if not chosen:
                 break
             room -= sum(buffer[index] for index in chosen)
-            buffer = [size for index, size in enumerate(buffer) if index not in chosen]
+            buffer[:] = [size for index, size in enumerate(buffer) if index not in chosen]
         total += config.max_num_tokens - room
     return total / num_packs / config.max_num_tokens
 
