@@ -183,7 +183,8 @@ class DeepSpeedEngine(SingleProcessEngine):
         gradients = self._partitions.gradients()
         norm = math.sqrt(self.all_reduce_sum(local_square(gradients)).item())
         if 0 < max_norm < norm < math.inf:
-            torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
+            for gradient in gradients:
+                gradient.mul_(max_norm / (norm + 1e-6))
         return norm
 
     def step(self) -> None:
