@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -89,6 +88,3 @@ def wait_for(path: Path, timeout: float = 40) -> None:
     while not path.exists():
         assert time.monotonic() < end, f"{path.name} did not appear"
         time.sleep(0.02)
-
-
-SIGKILL, SIGSTOP, SIGTERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM

@@ -88,6 +88,7 @@ def test_an_error_that_every_rank_raises_is_printed_once(tmp_path):
     assert ranks.output().count("ConfigError: lr is -1") == 1 and "Traceback" not in ranks.output()
 
 
+@pytest.mark.slow
 def test_a_users_error_of_one_rank_keeps_its_remedy(tmp_path):
     with Ranks(tmp_path, actions={"1@2": "data_error"}) as ranks:
         assert [ranks.status(0), ranks.status(1)] == [1, 1]

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from signal import SIGKILL, SIGSTOP
 
 import pytest
 
 from echo4o.train.signs import Beat, Identity, Unchanged, furthest_behind, stragglers
-from tests.train.ranks import ROOT, SIGKILL, SIGSTOP, Ranks, environment, wait_for, write_settings
+from tests.train.ranks import ROOT, Ranks, environment, wait_for, write_settings
 
 
+@pytest.mark.slow
 def test_ranks_that_finish_leave_together(tmp_path):
     with Ranks(tmp_path, actions={"1@3": "late"}) as ranks:
         assert [ranks.status(0), ranks.status(1)] == [0, 0]
@@ -87,6 +89,7 @@ def test_a_hang_leaves_stacks_and_a_message(tmp_path):
     assert "in sleep_in_python" in ranks.log(0)
 
 
+@pytest.mark.slow
 def test_of_several_ranks_the_one_that_hangs_is_named(tmp_path):
     with Ranks(tmp_path, actions={"1@2": "hang"}, hang_timeout=2) as ranks:
         assert [ranks.status(0), ranks.status(1)] == [1, 1]
@@ -173,6 +176,7 @@ def test_stragglers_are_named():
     assert stragglers([0, 0, 0, 0], hosts) == []
 
 
+@pytest.mark.slow
 def test_heartbeats_that_cannot_be_written_do_not_end_a_run(tmp_path):
     (tmp_path / "heartbeats").write_text("not a folder")
     with Ranks(tmp_path, 1) as ranks:
