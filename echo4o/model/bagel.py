@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from echo4o.model.attention import Attention, find_varlen_attention, plan_attention, resolve_kernel
 from echo4o.model.config import BagelConfig
@@ -262,7 +260,7 @@ class Bagel(nn.Module):
         if batch.ce_loss_indexes is None or batch.packed_label_ids is None:
             raise ValueError("ce_loss_indexes and packed_label_ids come together")
         rows = _rows_of(batch.ce_loss_indexes, at, batch.sequence_length)
-        return self._cross_entropy(hidden[rows], batch.packed_label_ids), None
+        return self.language_model.lm_head(hidden[rows], batch.packed_label_ids, CE_CHUNK), None
 
     def _vit_tokens(self, batch: PackedBatch, like: Tensor) -> Tensor:
         """(n_vit, hidden). The tower also runs on no images, so that every parameter always has a gradient."""
@@ -288,8 +286,7 @@ class Bagel(nn.Module):
         num_tokens = 0 if batch.packed_vae_token_indexes is None else len(batch.packed_vae_token_indexes)
         shape = (num_tokens, self.config.latent_dim)
         if not num_tokens or not self.config.visual_gen:
-            weight = self.language_model.model.embed_tokens.weight
-            return torch.zeros(shape, device=weight.device)
+            return torch.zeros(shape, device=batch.packed_text_ids.device)
         if latents is None or latents.shape != shape:
             found = None if latents is None else tuple(latents.shape)
             raise ValueError(f"packed_latents must be {shape} for this batch, not {found}")
@@ -362,17 +359,6 @@ class Bagel(nn.Module):
         query_order = Order(compact[step.order.und_at[und]], compact[step.order.gen_at[gen]])
         attend = plan_attention(self.attention_kernel, batch.layout, device, selected)
         return Step(step.order, step.rope, attend, (und, gen), query_order)
-
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """(n, hidden), (n,) → (n,) float32, at most `CE_CHUNK` rows of logits alive at once."""
-
-        def head(rows: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self.language_model.lm_head(rows).float(), targets, reduction="none")
-
-        if len(hidden) <= CE_CHUNK:
-            return head(hidden, labels)
-        chunks = zip(hidden.split(CE_CHUNK), labels.split(CE_CHUNK), strict=True)
-        return torch.cat([checkpoint(head, rows, targets, use_reentrant=False) for rows, targets in chunks])
 
 
 def _no_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

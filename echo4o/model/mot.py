@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from echo4o.model.attention import Attention
 from echo4o.model.config import LLMConfig
@@ -274,12 +275,33 @@ class Qwen2Model(nn.Module):
         return Blocks(und.detach() if self.config.freeze_und else und, gen)
 
 
+class OutputHead(nn.Linear):
+    """Hidden states to words. Its loss is computed inside, so that a step calls it once, however much text there is:
+    where weights are sharded, every call gathers them, and all ranks have to make equally many."""
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, chunk: int = 1024) -> Tensor:
+        """hidden (n, d) → logits (n, words); with labels (n,) → cross-entropies (n,) in float32.
+
+        Args:
+            chunk: rows whose logits are alive at once; those of further chunks are recomputed in the backward pass.
+        """
+        if labels is None:
+            return super().forward(hidden)
+        if len(hidden) <= chunk:
+            return self._losses(hidden, labels)
+        chunks = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+        return torch.cat([checkpoint(self._losses, *part, use_reentrant=False) for part in chunks])
+
+    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(super().forward(hidden).float(), labels, reduction="none")
+
+
 class Qwen2ForCausalLM(nn.Module):
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Qwen2Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputHead(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from echo4o.checkpoint.adapters import AdapterConfig, is_adapter_folder, read_adapter_config
 from echo4o.checkpoint.slices import LayeredReader, WeightsReader
 from echo4o.checkpoint.train_state import weights_of
 from echo4o.checkpoint.weights import load_llm_part, load_vit_part
@@ -36,12 +37,14 @@ class InitialModel:
         source: the weights' origin in words.
         reader: of its weights, where they lie in files: the model is on the meta device then.
         weights_file: the file that a new run starts from, None for other starts.
+        base_file: the file that adapters belong to.
     """
 
     model: Bagel
     source: str
     reader: LayeredReader | None = None
     weights_file: Path | None = None
+    base_file: Path | None = None
 
     @property
     def config(self) -> BagelConfig:
@@ -72,7 +75,7 @@ def initial_model(plan: LoadPlan, architecture: BagelConfig, config: RunConfig) 
         return _from_checkpoint(plan, architecture, config)
     if plan.init_from:
         path = _weights_file(plan.init_from, plan.init_weights)
-        return InitialModel(_on_meta(architecture), str(path), _reader([path], architecture), path)
+        return InitialModel(_on_meta(architecture), str(path), _reader([path], architecture), path, path)
     if plan.from_parts:
         return _from_parts(architecture, config)
     return InitialModel(Bagel(architecture), f"RANDOM numbers (seed {config.training.global_seed})")
@@ -83,10 +86,10 @@ def _from_checkpoint(plan: LoadPlan, architecture: BagelConfig, config: RunConfi
     folder = Path(plan.resume_from or "")
     try:
         readers = weights_of(folder)
-        base = adapter_base(folder)
+        base = read_adapter_config(folder) if is_adapter_folder(folder) else None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder} cannot be resumed: {_reason(error)}") from error
-    source = str(folder)
+    source, path = str(folder), None
     if base is not None:
         path = _base_file(base, folder, config)
         readers.append(WeightsReader(path))
@@ -94,34 +97,17 @@ def _from_checkpoint(plan: LoadPlan, architecture: BagelConfig, config: RunConfi
     if not readers:
         raise ConfigError(f"{folder} holds no weights; take another checkpoint")
     aliases = _aliases(architecture)
-    return InitialModel(_on_meta(architecture), source, LayeredReader(readers, aliases))
+    return InitialModel(_on_meta(architecture), source, LayeredReader(readers, aliases), base_file=path)
 
 
-@dataclass(frozen=True)
-class AdapterBase:
-    """The weights that a LoRA checkpoint's adapters belong to."""
-
-    folder: str
-    weights: str | None
-
-
-def adapter_base(folder: Path) -> AdapterBase | None:
-    """The base that ``adapter_config.json`` of a checkpoint names; None if there are no adapters."""
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return AdapterBase(content["base_model_name_or_path"], content.get("base_weights"))
-
-
-def _base_file(base: AdapterBase, folder: Path, config: RunConfig) -> Path:
+def _base_file(base: AdapterConfig, folder: Path, config: RunConfig) -> Path:
     """The base that a LoRA checkpoint names, or, if it has moved, the one that the settings start from."""
     stated = config.training.init_from
-    for candidate in (base.folder, stated):
-        if candidate and Path(candidate).is_dir() and (path := find_weights(candidate, base.weights)) is not None:
+    for candidate in (base.base, stated):
+        if candidate and Path(candidate).is_dir() and (path := find_weights(candidate, base.base_weights)) is not None:
             return path
     raise ConfigError(
-        f"{folder} holds LoRA adapters of {base.folder}, which is not there any more. Say where it is now: --init_from "
+        f"{folder} holds LoRA adapters of {base.base}, which is not there any more. Say where it is now: --init_from "
         "FOLDER beside --auto_resume True."
     )
 

@@ -19,7 +19,7 @@ from echo4o.config import ConfigError
 from echo4o.model import Bagel
 from echo4o.train.selection import SETS, cut_by_freeze_und, nothing_matches, selector
 
-#: Sets of layers that can be adapted; word embeddings are no such layers, and lm_head only by a pattern.
+#: Sets of layers that can be adapted; the word embeddings and lm_head are not.
 TARGET_SETS = tuple(name for name in SETS if name != "embeddings")
 
 
@@ -91,8 +91,8 @@ def target_layers(model: Bagel, targets: Sequence[str]) -> list[str]:
         if not found:
             raise ConfigError(nothing_matches("lora_targets", target, linear))
         chosen.update(found)
-    if model.config.llm.tie_word_embeddings and "language_model.lm_head" in chosen:
-        raise ConfigError("lora_targets: lm_head shares its weight with the embeddings and cannot be adapted alone")
+    if "language_model.lm_head" in chosen:
+        raise ConfigError("lora_targets: lm_head cannot be adapted; --train_only lm_head trains it as a whole")
     return [name for name in linear if name in chosen]
 
 

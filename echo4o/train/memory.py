@@ -143,6 +143,7 @@ def _sharding_units(model: Bagel) -> Iterator[nn.Module]:
     yield from blocks(model)
     if not model.config.llm.tie_word_embeddings:
         yield model.language_model.model.embed_tokens
+        yield model.language_model.lm_head
 
 
 def _numbers(parameters: Iterable[nn.Parameter], trained: bool = False) -> int:

@@ -70,12 +70,10 @@ def shard(
     offload_policy: OffloadPolicy | None = None,
     prefetch: bool = True,
 ) -> None:
-    """Shard every decoder layer, every ViT layer and the word embeddings by rows; what is left goes with the model.
+    """Shard every decoder layer, ViT layer, the embeddings and the head by rows; what is left goes with the model.
 
     A decoder layer with both of its experts is one unit: apart, each expert would be gathered a third time when the
-    layer is recomputed. The output head goes with the model, gathered once for the whole step: it is called once for
-    each chunk of text, and ranks have different numbers of them. Called on the meta device or on a model with its
-    values.
+    layer is recomputed. Called on the meta device or on a model with its values.
 
     Args:
         mesh: 1-D (shards), or 2-D (replicas, shards).
@@ -84,7 +82,8 @@ def shard(
     options: dict[str, Any] = {"mesh": mesh, "offload_policy": offload_policy or OffloadPolicy()}
     units: list[nn.Module] = list(blocks(model))
     if not model.config.llm.tie_word_embeddings:
-        units.append(model.language_model.model.embed_tokens)
+        # A tied table serves as both: it stays with the model, gathered once for the whole step.
+        units += [model.language_model.model.embed_tokens, model.language_model.lm_head]
     for unit in units:
         fully_shard(unit, mp_policy=mixed_precision, reshard_after_forward=reshard_after_forward, **options)
     # Latents and noise stay in float32: only the root is given them, and it must not cast them.

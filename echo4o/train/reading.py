@@ -16,7 +16,7 @@ from echo4o.config import ConfigError
 from echo4o.model import Bagel
 from echo4o.model.embeddings import PositionTable, sincos_2d
 from echo4o.model.vit import VisionRope
-from echo4o.train.banner import size_text
+from echo4o.train.memory import size_text
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -28,8 +28,8 @@ def check_weights(model: Bagel, reader: LayeredReader, source: str) -> list[str]
         ConfigError: if a tensor is missing or has another shape.
     """
     found, tables = reader.shapes(), set(model.table_names())
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
-    missing = [name for name in expected if reader.find(name) is None and name not in tables]
+    expected = {public_name(name): tuple(t.shape) for name, t in model.state_dict(keep_vars=True).items()}
+    missing = [name for name in expected if reader.find(name) is None and name not in tables and not is_adapter(name)]
     if missing:
         raise ConfigError(
             f"{source} lacks {len(missing)} of {len(expected)} tensors, e.g. {', '.join(missing[:3])}. "
@@ -58,12 +58,14 @@ def reading(
     *,
     fill_adapters: Callable[[Mapping[str, Piece]], None] | None = None,
     show: bool = True,
+    on_progress: Callable[[], None] | None = None,
 ) -> Callable[[Mapping[str, Piece]], None]:
     """A function that fills the pieces it is given, by name: from the reader, or, the fixed tables, by their formula.
 
     Args:
         fill_adapters: fills adapters that no file has (a new LoRA run).
         show: print progress (rank 0).
+        on_progress: called after every tensor.
     """
     tables = _fixed_tables(model)
 
@@ -83,6 +85,8 @@ def reading(
             else:
                 raise ConfigError(f"{source} lacks {name}")
             progress.advance(piece.values.numel() * piece.values.element_size())
+            if on_progress is not None:
+                on_progress()
         if fresh:
             if fill_adapters is None:
                 raise ConfigError(f"{source} lacks {len(fresh)} adapter weights, e.g. {next(iter(fresh))}")

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from echo4o.checkpoint import folders, train_state
+from echo4o.checkpoint.adapters import AdapterConfig, write_adapter_config
 from echo4o.checkpoint.folders import CheckpointError
 from echo4o.checkpoint.slices import LayeredReader, WeightsReader
 from echo4o.checkpoint.train_state import CheckpointWriter
 from echo4o.config import ConfigError, LoadPlan, RunConfig, plan_loading, save_resolved, validate
+from echo4o.config.lists import split_names, split_rates
 from echo4o.data.loader import PackedLoader
 from echo4o.data.resume import plan_resume
 from echo4o.data.sources import SourceGroup
@@ -24,18 +26,30 @@ from echo4o.data.tokenizer import SpecialTokens, Tokenizer
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.attention import KernelError, resolve_kernel
 from echo4o.model.vae import WEIGHTS_FILE, AutoEncoder
-from echo4o.train.banner import available_memory, banner, estimate_memory
+from echo4o.train.banner import banner, lora_text
 from echo4o.train.data import build_groups, build_loader, build_tokenizer
 from echo4o.train.ema import EMA
 from echo4o.train.engine import Engine, build_engine
 from echo4o.train.engine.single import resolve_device
 from echo4o.train.initialise import InitialModel, architecture_of, initial_model, vae_file
+from echo4o.train.liveness import Liveness
+from echo4o.train.lora import add_lora, init_adapters, scaled_alpha
+from echo4o.train.memory import (
+    MemoryEstimate,
+    available_host_memory,
+    available_memory,
+    estimate_memory,
+    host_estimate,
+    refuse_if_it_cannot_fit,
+)
 from echo4o.train.metrics import METRICS_FILE, MetricsFile, Sink, TensorBoardSink, WandbSink
-from echo4o.train.optim import build_adamw, freeze, lr_schedule
+from echo4o.train.optim import build_optimizer, lr_schedule
 from echo4o.train.parallelize import apply_activation_checkpointing, compile_blocks
 from echo4o.train.processes import Processes
 from echo4o.train.reading import cast_frozen, check_weights, reading
 from echo4o.train.row_log import RowLog
+from echo4o.train.selection import choose_trainable
+from echo4o.train.stopping import remove_stop_marker
 from echo4o.train.throughput import Throughput, find_peak_tflops
 
 logger = logging.getLogger(__name__)
@@ -69,6 +83,7 @@ class Run:
     trainer_state: dict[str, Any] = field(default_factory=dict)
     frozen_file: Path | None = None
     row_log: RowLog | None = None
+    adapters: AdapterConfig | None = None
 
     @property
     def total_steps(self) -> int:
@@ -89,6 +104,8 @@ class Run:
         if self.vae_path is not None:
             train_state.link_or_copy(self.vae_path, folder / WEIGHTS_FILE)
         save_resolved(self.config, folder / CONFIG_FILE)
+        if self.adapters is not None:
+            write_adapter_config(folder, self.adapters)
 
     def checkpoint_writer(self) -> CheckpointWriter:
         training = self.config.training
@@ -111,18 +128,16 @@ class Run:
         self.loader.close()
 
 
-def set_up(config: RunConfig, processes: Processes) -> Run:
+def set_up(config: RunConfig, processes: Processes, device: torch.device, liveness: Liveness | None = None) -> Run:
     """Check the settings, build everything, resume if asked to, and print the banner. Called by all ranks alike.
 
     Raises:
         ConfigError: for anything that cannot work, with the remedy.
     """
     training = config.training
-    for note in validate(config):
+    for note in validate(config, processes.world_size):
         logger.warning(note)
-    for flag in ("results_dir", "checkpoint_dir"):
-        _require_writable(flag, getattr(training, flag))
-    device = _join(config, processes)
+    require_writable("checkpoint_dir", training.checkpoint_dir)
     newest = str(folders.latest(training.checkpoint_dir) or "") if training.auto_resume and not processes.rank else ""
     plan = plan_loading(config, processes.broadcast(newest) or None)
     packs_per_rank, pack_note = _packs_per_rank(plan, config, processes)
@@ -138,11 +153,12 @@ def set_up(config: RunConfig, processes: Processes) -> Run:
     model, model_config = initial.model, initial.config
     _fit_vocabulary(model, tokenizer, special_tokens)
 
-    freeze(model, freeze_llm=training.freeze_llm, freeze_vit=training.freeze_vit)
+    adapted = _choose_what_trains(model, config)
     apply_activation_checkpointing(model, training.activation_checkpointing, training.lora_dropout > 0)
     if training.compile:
         compile_blocks(model)
-    unexpected = _prepare(engine, initial, config)
+    memory = _estimate_memory(engine, initial, config)
+    unexpected = _prepare(engine, initial, config, liveness)
     ema = EMA(engine.trained(), training.ema, training.ema_bias_correction, training.ema_offload)
     _start_average(ema, plan, initial)
     torch.manual_seed(training.global_seed * engine.world_size + engine.rank)
@@ -164,6 +180,7 @@ def set_up(config: RunConfig, processes: Processes) -> Run:
             find_peak_tflops(engine.device, engine.compute_dtype, training.peak_device_tflops),
         ),
         packs_per_rank=packs_per_rank,
+        adapters=_adapter_config(plan, initial, config, adapted),
     )
     if plan.resume_from:
         _resume(run, plan.resume_from)
@@ -173,20 +190,26 @@ def set_up(config: RunConfig, processes: Processes) -> Run:
         run.row_log = RowLog(training.results_dir, engine.rank, run.step)
     engine.barrier()
     if engine.rank == 0:
-        print(_banner(run, plan, initial, unexpected, groups, pack_note), flush=True)
+        remove_stop_marker(training.results_dir)
+        print(_banner(run, plan, initial, unexpected, groups, memory, pack_note), flush=True)
     return run
 
 
-def _join(config: RunConfig, processes: Processes) -> torch.device:
-    """This process' device; joins the process group before anything slow begins."""
+def join(config: RunConfig, processes: Processes) -> torch.device:
+    """This process' device; joins the process group before anything slow begins.
+
+    Raises:
+        ConfigError: if there is no such device, or the attention kernel cannot run on it.
+        RendezvousError: if the ranks do not find each other.
+    """
     try:
         device = resolve_device(config.training.device, processes.local_rank)
         resolve_kernel(config.training.attention_kernel, device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        processes.start(device)
     except (KernelError, ValueError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    processes.start(device)
     return device
 
 
@@ -205,7 +228,8 @@ def _packs_per_rank(plan: LoadPlan, config: RunConfig, processes: Processes) -> 
 # ---------------------------------------------------------------- checks
 
 
-def _require_writable(flag: str, folder: str) -> None:
+def require_writable(flag: str, folder: str) -> None:
+    """Raises ConfigError if nothing can be written there."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -246,26 +270,99 @@ def _fit_vocabulary(model: Bagel, tokenizer: Tokenizer, special_tokens: SpecialT
     logger.warning("word embeddings grown from %d to %d rows for the marker tokens", rows, needed)
 
 
-def _prepare(engine: Engine, initial: InitialModel, config: RunConfig) -> list[str]:
+def _choose_what_trains(model: Bagel, config: RunConfig) -> list[str]:
+    """Adapters and frozen parts; returns the names of the adapted layers."""
+    training, adapted = config.training, []
+    if training.lora_rank:
+        adapted = add_lora(
+            model,
+            rank=training.lora_rank,
+            alpha=training.lora_alpha,
+            dropout=training.lora_dropout,
+            targets=split_names(training.lora_targets),
+        )
+    choose_trainable(
+        model,
+        freeze_llm=training.freeze_llm,
+        freeze_vit=training.freeze_vit,
+        train_only=split_names(training.train_only),
+    )
+    return adapted
+
+
+def _adapter_config(
+    plan: LoadPlan, initial: InitialModel, config: RunConfig, adapted: list[str]
+) -> AdapterConfig | None:
+    if not adapted:
+        return None
+    training = config.training
+    if initial.base_file is None:
+        raise ConfigError("LoRA adapts weights that lie in files: start from a model folder with --init_from")
+    return AdapterConfig(
+        base=str(initial.base_file.parent.resolve()),
+        rank=training.lora_rank,
+        alpha=scaled_alpha(training.lora_rank, training.lora_alpha),
+        dropout=training.lora_dropout,
+        target_modules=tuple(adapted),
+        base_weights=initial.base_file.name.partition(".")[0],
+    )
+
+
+def _estimate_memory(engine: Engine, initial: InitialModel, config: RunConfig) -> MemoryEstimate:
+    """What a rank will take; refused where the host clearly lacks memory, before anything is read."""
+    training = config.training
+    dtypes = initial.reader.dtypes() if initial.reader is not None else {}
+    cast_frozen(initial.model, dtypes, training.frozen_dtype, engine.compute_dtype)
+    shard, gathered = engine.sharding()
+    memory = estimate_memory(
+        initial.model,
+        initial.config,
+        config.data.max_num_tokens,
+        training.activation_checkpointing,
+        engine.compute_dtype.itemsize,
+        shard=shard,
+        gathered=gathered,
+        cpu_offload=training.cpu_offload and engine.device.type == "cuda",
+        ema_offload=training.ema_offload and engine.device.type == "cuda",
+        optimizer=training.optimizer,
+    )
+    needed = host_estimate(
+        memory,
+        ranks_on_node=engine.processes.local_world_size,
+        on_cpu=engine.device.type == "cpu",
+        async_save=training.async_save,
+    )
+    refuse_if_it_cannot_fit(needed, available_host_memory())
+    return memory
+
+
+def _prepare(engine: Engine, initial: InitialModel, config: RunConfig, liveness: Liveness | None) -> list[str]:
     """Shard the model, read its weights, build the optimiser; returns the file's unused tensors."""
     training, model = config.training, initial.model
 
     def optimizer(module: nn.Module) -> torch.optim.Optimizer:
-        return build_adamw(
+        return build_optimizer(
             module,
+            training.optimizer,
             lr=training.lr,
             beta1=training.beta1,
             beta2=training.beta2,
             eps=training.eps,
             weight_decay=training.weight_decay,
+            lr_groups=split_rates(training.lr_groups),
         )
 
     unexpected, read = [], None
     if initial.reader is not None:
         unexpected = check_weights(model, initial.reader, initial.source)
-        read = reading(model, initial.reader, initial.source, show=engine.rank == 0)
-    dtypes = initial.reader.dtypes() if initial.reader is not None else {}
-    cast_frozen(model, dtypes, training.frozen_dtype, engine.compute_dtype)
+        read = reading(
+            model,
+            initial.reader,
+            initial.source,
+            fill_adapters=lambda pieces: init_adapters(pieces, training.global_seed),
+            show=engine.rank == 0,
+            on_progress=(lambda: liveness.progress(0, "reading weights")) if liveness else None,
+        )
     try:
         engine.prepare(model, optimizer, read)
         model.set_attention_kernel(training.attention_kernel)
@@ -380,18 +477,12 @@ def _banner(
     initial: InitialModel,
     unexpected: list[str],
     groups: list[SourceGroup],
+    memory: MemoryEstimate,
     pack_note: str,
 ) -> str:
     training, data, engine = run.config.training, run.config.data, run.engine
     tokens = training.expected_num_tokens * run.packs_per_rank * engine.world_size
     dtype = str(engine.compute_dtype).removeprefix("torch.")
-    memory = estimate_memory(
-        initial.model,
-        run.model_config,
-        data.max_num_tokens,
-        training.activation_checkpointing,
-        engine.compute_dtype.itemsize,
-    )
     facts = {
         "start": plan.describe().replace("\n", "\n" + " " * 25),
         "steps": f"{run.step} → {training.total_steps}",
@@ -402,10 +493,17 @@ def _banner(
         ),
         "device": f"{engine.device}, {dtype} products, attention {initial.model.attention_kernel}",
         "processes": f"{engine.world_size} on {engine.processes.num_nodes} machine(s); {engine.describe()}",
-        **({"packs": pack_note} if pack_note else {}),
-        **({"notes": "; ".join(notes)} if (notes := getattr(engine, "notes", [])) else {}),
         "output": f"{training.results_dir}, checkpoints in {training.checkpoint_dir}",
     }
+    if run.adapters is not None:
+        lora = run.adapters
+        facts["LoRA"] = lora_text(
+            lora.rank, lora.alpha, lora.dropout, split_names(training.lora_targets), lora.target_modules
+        )
+    if pack_note:
+        facts["packs"] = pack_note
+    if notes := getattr(engine, "notes", []):
+        facts["notes"] = "; ".join(notes)
     return banner(
         source=initial.source,
         unexpected=unexpected,

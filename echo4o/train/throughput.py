@@ -93,6 +93,11 @@ class Throughput:
         self._waited = self._paused = self._flops = 0.0
         self._num_tokens = self._num_packs = self._num_samples = self._num_steps = 0
 
+    @property
+    def seconds(self) -> float:
+        """Since the last `reset`, pauses left out."""
+        return max(time.perf_counter() - self._start - self._paused, 1e-9)
+
     def add_step(self, batches: Sequence[PackedBatch]) -> None:
         self._num_steps += 1
         for batch in batches:
@@ -119,7 +124,7 @@ class Throughput:
         """Rates of this rank; `world_size` scales the token rates to all ranks."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        seconds = self.seconds
         steps = max(1, self._num_steps)
         tflops = self._flops / seconds / 1e12
         values = {

@@ -10,24 +10,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from echo4o.checkpoint.folders import CheckpointError
+from echo4o.checkpoint.folders import CheckpointError, step_folder
 from echo4o.checkpoint.train_state import Progress, Saved
 from echo4o.config import RunConfig
 from echo4o.packed import PackedBatch
 from echo4o.train.console import ConsoleProgress
+from echo4o.train.failures import reporting_failures
 from echo4o.train.latents import encode_batch
+from echo4o.train.liveness import Liveness
+from echo4o.train.logs import set_up_logs
 from echo4o.train.losses import LossBreakdown, StepTotals, micro_loss
 from echo4o.train.metrics import PLOT_FILE, plot_losses
+from echo4o.train.optim import set_learning_rate
 from echo4o.train.processes import Processes
-from echo4o.train.setup import Run, set_up
-from echo4o.train.stopping import StopRequest
+from echo4o.train.setup import Run, join, require_writable, set_up
+from echo4o.train.signs import stragglers
+from echo4o.train.stopping import StopRequest, write_stop_marker
 
 logger = logging.getLogger(__name__)
+
+#: Ranks are compared once the slowest spends more than this share of the time on making packs.
+SLOW_DATA_SHARE = 0.1
 
 
 class RunError(RuntimeError):
@@ -47,15 +56,27 @@ def train(config: RunConfig) -> None:
         RunError: if the device's memory or the disk does not suffice.
         CheckpointError: if the last checkpoint cannot be written.
     """
-    processes = Processes.from_environment(config.training.dist_timeout)
-    run = set_up(config, processes)
-    try:
-        with StopRequest() as stop, ConsoleProgress(run.total_steps, run.step, enabled=run.engine.rank == 0) as console:
-            Trainer(run, console, stop).fit()
-    finally:
-        run.close()
-    processes.barrier()
-    processes.close()
+    training = config.training
+    processes = Processes.from_environment(training.dist_timeout)
+    with reporting_failures(processes):
+        require_writable("results_dir", training.results_dir)
+        with set_up_logs(training.results_dir, processes.rank, processes.world_size) as log:
+            device = join(config, processes)
+            liveness = Liveness(
+                processes,
+                training.results_dir,
+                log,
+                hang_timeout=training.hang_timeout,
+                dead_rank_timeout=training.dead_rank_timeout,
+            )
+            # The stop request outermost: torchrun signals all ranks once one has died, and the message comes first.
+            stop = StopRequest(training.stop_grace, liveness.end)
+            with stop, liveness, reporting_failures(processes, liveness):
+                run = set_up(config, processes, device, liveness)
+                console = ConsoleProgress(run.total_steps, run.step, enabled=run.engine.rank == 0)
+                with contextlib.closing(run), console, reporting_failures(processes, liveness):
+                    Trainer(run, console, stop, liveness).fit()
+            processes.close()
 
 
 @dataclass
@@ -73,11 +94,13 @@ class StepResult:
 class Trainer:
     """The loop over a `Run`."""
 
-    def __init__(self, run: Run, console: ConsoleProgress, stop: StopRequest) -> None:
+    def __init__(self, run: Run, console: ConsoleProgress, stop: StopRequest, liveness: Liveness) -> None:
         self.run = run
         self.config = run.config.training
         self.console = console
         self.stop = stop
+        self.liveness = liveness
+        self.work_seconds = 0.0
         self.workers_started = False
         self.stop_agreed = False
         self.writer = run.checkpoint_writer()
@@ -91,10 +114,17 @@ class Trainer:
         if run.step >= run.total_steps:
             self.console.say(f"step {run.step} of {run.total_steps} is done: nothing to train (raise --total_steps)")
             return
+        if any(run.engine.gather(self.stop.reason is not None)):
+            self.stopped(None)
+            return
         batches = iter(run.loader)
         for step in range(run.step + 1, run.total_steps + 1):
+            self.liveness.progress(step, "data")
+            started = time.perf_counter()
             with run.throughput.waiting():
                 micro_batches = self.fetch(batches)
+            # What a rank does before all of them meet: those that take long for it keep the others waiting.
+            self.work_seconds += time.perf_counter() - started
             with _explained_out_of_memory(micro_batches):
                 result = self.train_step(micro_batches, lr=run.schedule(step - 1))
             run.step = step
@@ -106,8 +136,7 @@ class Trainer:
             self.console.advance(step)
             if self.stop_agreed:
                 self.save(last=True)
-                reason = self.stop.reason or "another rank was stopped"
-                self.console.say(f"{reason}: saved step {step}; continue with --auto_resume True")
+                self.stopped(step)
                 return
             if step % self.config.save_every == 0 and step < run.total_steps:
                 self.save()
@@ -155,8 +184,7 @@ class Trainer:
             totals=totals,
         )
         if math.isfinite(result.loss) and math.isfinite(grad_norm):
-            for group in engine.optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_scale", 1.0)
+            set_learning_rate(engine.optimizer, lr)
             engine.step()
             run.ema.update()
             for batch, loss in zip(micro_batches, losses, strict=True):
@@ -208,7 +236,13 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         run = self.run
-        self.breakdown.merge(run.engine.gather(self.breakdown.state_dict()))
+        gathered = run.engine.gather((self.breakdown.state_dict(), self.work_seconds, run.engine.processes.host))
+        breakdowns, seconds, hosts = zip(*gathered, strict=True)
+        self.breakdown.merge(breakdowns)
+        if max(seconds) > SLOW_DATA_SHARE * run.throughput.seconds:
+            for who in stragglers(seconds, hosts):
+                logger.warning("%s to make its packs; the other ranks wait for it", who)
+        self.work_seconds = 0.0
         values = {
             "loss": result.loss,
             "mse": result.mse,
@@ -243,6 +277,7 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
         }
         progress = Progress(run.step, trainer, {"data": run.loader.state_dict()})
+        self.liveness.progress(run.step, "save")
         with run.throughput.paused():
             try:
                 self.report(self.writer.save(progress, wait=last))
@@ -253,6 +288,15 @@ class Trainer:
             self.report(self.writer.wait() if last else self.writer.poll())
             if run.engine.rank == 0:
                 self.plot()
+
+    def stopped(self, step: int | None) -> None:
+        """Say where a stopped run goes on, to people and in ``stopped.json``."""
+        run, reason = self.run, self.stop.reason or "another rank was stopped"
+        where = f"saved step {step}" if step is not None else "nothing was trained"
+        self.console.say(f"{reason}: {where}; continue with --auto_resume True")
+        if run.engine.rank == 0:
+            folder = step_folder(self.config.checkpoint_dir, run.step) if run.step else ""
+            write_stop_marker(self.config.results_dir, reason, run.step, folder)
 
     def report(self, saved: Saved | None) -> None:
         """Say how a save ended that was under way."""

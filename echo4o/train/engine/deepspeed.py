@@ -92,6 +92,9 @@ class DeepSpeedEngine(SingleProcessEngine):
         offload = f", {' and '.join(in_host_memory)} in host memory" if in_host_memory else ""
         return f"DeepSpeed ZeRO-{self.stage}: each rank holds 1/{self.world_size} of {what}{offload}"
 
+    def sharding(self) -> tuple[int, str]:
+        return self.world_size, "blocks" if self.stage == 3 else "all"
+
     # ------------------------------------------------------------ preparation
 
     def prepare(

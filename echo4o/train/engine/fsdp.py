@@ -90,6 +90,9 @@ class FSDPEngine(SingleProcessEngine):
         offload = ", weights in host memory" if self.cpu_offload else ""
         return f"FSDP2 {self.strategy.lstrip('_')}: each rank holds 1/{self.num_shard}{copies}{offload}"
 
+    def sharding(self) -> tuple[int, str]:
+        return self.num_shard, "blocks" if self.resharded else "all"
+
     def mesh(self) -> DeviceMesh:
         if self.num_replicate == 1:
             return init_device_mesh(self.device.type, (self.num_shard,), mesh_dim_names=("shard",))

@@ -57,6 +57,10 @@ class Engine(Protocol):
         """The strategy in words, for the banner."""
         ...
 
+    def sharding(self) -> tuple[int, str]:
+        """Ranks that share one copy of the model, and which weights are gathered (`echo4o.train.memory.GATHERED`)."""
+        ...
+
     def autocast(self) -> AbstractContextManager:
         """Context of every forward pass."""
         ...

@@ -50,6 +50,9 @@ class SingleProcessEngine:
     def describe(self) -> str:
         return "one process, nothing is sharded"
 
+    def sharding(self) -> tuple[int, str]:
+        return 1, "none"
+
     def prepare(
         self,
         model: nn.Module,
