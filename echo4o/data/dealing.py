@@ -68,11 +68,10 @@ class Deal:
 
     def _deal(self, name: str, rest: Outstanding, shares: _EqualShares) -> None:
         by_epoch = [list(spans) for _, spans in groupby(rest.spans, key=lambda span: span[0])]
+        for groups in self._groups:
+            groups[name]["epoch"] = rest.epoch
         for stream, (start, stop) in shares.of(len(rest.returned)):
-            cursor = self._groups[stream][name]
-            cursor["epoch"] = rest.epoch
-            if start < stop:
-                cursor["returned"] = rest.returned[start:stop]
+            self._groups[stream][name]["returned"] = rest.returned[start:stop]
         for spans in by_epoch:
             for stream, (start, stop) in shares.of(sum(end - begin for _, begin, end in spans)):
                 self._groups[stream][name]["spans"] += _cut(spans, start, stop)
@@ -138,11 +137,12 @@ def outstanding_rows(
     epochs = [cursors[stream]["epoch"] if stream in cursors else 0 for stream in range(num_streams)]
     begun = max(epochs)
     spans = [list(span) for cursor in cursors.values() for span in cursor["spans"]]
-    for stream, epoch_of_stream in enumerate(epochs):
-        for epoch in range(epoch_of_stream, begun):
-            start, stop = share_of_epoch(stream, epoch, num_rows, num_streams)
-            if start < stop:
-                spans.append([epoch, start, stop])
+    # In epoch 0, stream s has share s; in epoch e, stream s − e has it. Of a small group, most shares are empty.
+    bounds = [share_of_epoch(share, 0, num_rows, num_streams) for share in range(num_streams)]
+    shares = [(share, start, stop) for share, (start, stop) in enumerate(bounds) if start < stop]
+    for epoch in range(min(epochs), begun):
+        not_taken = [share for share in shares if epochs[(share[0] - epoch) % num_streams] <= epoch]
+        spans += [[epoch, start, stop] for _, start, stop in not_taken]
     waiting = [row for state in streams.values() for row in (*state["buffer"], *state["held_back"])]
     returned = [[address[1], address[2]] for name, address, _ in waiting if name == group]
     returned += [list(place) for cursor in cursors.values() for place in cursor.get("returned", ())]
@@ -179,8 +179,9 @@ class _EqualShares:
         self.next_stream = 0
 
     def of(self, count: int) -> list[tuple[int, tuple[int, int]]]:
-        """(stream, (start, stop)) for every stream."""
+        """(stream, (start, stop)) for every stream whose share is not empty."""
         size, rest = divmod(count, self.num_streams)
         first, self.next_stream = self.next_stream, (self.next_stream + rest) % self.num_streams
-        starts = [share * size + min(share, rest) for share in range(self.num_streams + 1)]
+        num_shares = self.num_streams if size else rest
+        starts = [share * size + min(share, rest) for share in range(num_shares + 1)]
         return [((first + share) % self.num_streams, bounds) for share, bounds in enumerate(pairwise(starts))]
