@@ -68,8 +68,8 @@ class Board:
 
     def post_first_beat(self) -> None:
         """Before anyone looks for it; ranks must meet between this and `start`."""
-        self._store = self._connect()
-        self._store.set(f"beat/{self._rank}", self._beat().to_json())
+        store = self._store = self._connect()
+        store.set(f"beat/{self._rank}", self._beat().to_json())
 
     def start(self) -> None:
         self._thread.start()

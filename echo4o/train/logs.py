@@ -66,7 +66,7 @@ class RankLog:
         self._silenced = []
         faulthandler.disable()
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            faulthandler.enable(sys.__stderr__)
+            faulthandler.enable(sys.__stderr__ or sys.stderr)
         self.file.close()
 
     def __enter__(self) -> RankLog:
