@@ -77,7 +77,8 @@ def run(settings: dict, out: Path, processes: Processes, liveness: Liveness, sto
             if processes.rank == 0:
                 write_stop_marker(out, stop.reason or "another rank", step, out / "step")
             return
-    print(f"rank {processes.rank} done at {settings['steps']}", flush=True)
+    # One write: ranks may share a pipe.
+    os.write(1, f"rank {processes.rank} done at {settings['steps']}\n".encode())
 
 
 def main() -> None:
