@@ -68,7 +68,9 @@ class Order:
     gen_at: Tensor  # (n_gen,) int64
 
     def to_sequence(self, blocks: Blocks) -> Tensor:
-        return _ToSequence.apply(*blocks, self.und_at, self.gen_at)
+        # Frozen bfloat16 weights beside float32 ones give blocks of two dtypes under autocast.
+        dtype = torch.promote_types(blocks.und.dtype, blocks.gen.dtype)
+        return _ToSequence.apply(blocks.und.to(dtype), blocks.gen.to(dtype), self.und_at, self.gen_at)
 
     def to_blocks(self, x: Tensor) -> Blocks:
         return Blocks(*_ToBlocks.apply(x, self.und_at, self.gen_at))

@@ -113,6 +113,11 @@ def _base_file(base: AdapterConfig, folder: Path, config: RunConfig) -> Path:
 
 
 def _weights_file(folder: str | Path, weights: str | None) -> Path:
+    if is_adapter_folder(folder):
+        raise ConfigError(
+            f"{folder} holds LoRA adapters only: merge them into their base first (echo4o merge {folder} --out DIR), "
+            "or continue that run with --resume_from."
+        )
     path = find_weights(folder, weights)
     if path is None:
         wanted = f"{weights}.safetensors" if weights else "ema.safetensors or model.safetensors"

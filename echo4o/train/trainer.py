@@ -102,7 +102,6 @@ class Trainer:
         self.liveness = liveness
         self.work_seconds = 0.0
         self.workers_started = False
-        self.stop_agreed = False
         self.writer = run.checkpoint_writer()
         self.breakdown = LossBreakdown()
         self.breakdown.load_state_dict(run.trainer_state.get("breakdown", {}))
@@ -114,7 +113,7 @@ class Trainer:
         if run.step >= run.total_steps:
             self.console.say(f"step {run.step} of {run.total_steps} is done: nothing to train (raise --total_steps)")
             return
-        if any(run.engine.gather(self.stop.reason is not None)):
+        if self.should_stop():
             self.stopped(None)
             return
         batches = iter(run.loader)
@@ -134,7 +133,7 @@ class Trainer:
             if step % self.config.log_every == 0 or step == run.total_steps:
                 self.log(result)
             self.console.advance(step)
-            if self.stop_agreed:
+            if self.should_stop():
                 self.save(last=True)
                 self.stopped(step)
                 return
@@ -170,12 +169,10 @@ class Trainer:
             losses.append(loss)
         grad_norm = engine.clip_grad_norm(config.max_grad_norm)
         # Read the losses only now: on a GPU each look at a number waits for all work before it.
-        shares = torch.zeros(3, dtype=torch.float64)
+        shares = torch.zeros(2, dtype=torch.float64)
         for loss in losses:
-            shares[:2] += torch.tensor([float(part or 0.0) for part in (loss.ce, loss.mse)], dtype=torch.float64)
-        shares[2] = self.stop.reason is not None
-        ce, mse, num_stopped = engine.all_reduce_sum(shares).tolist()
-        self.stop_agreed = num_stopped > 0
+            shares += torch.tensor([float(part or 0.0) for part in (loss.ce, loss.mse)], dtype=torch.float64)
+        ce, mse = engine.all_reduce_sum(shares).tolist()
         result = StepResult(
             loss=config.ce_weight * ce + config.mse_weight * mse,
             mse=mse if totals.mse else None,
@@ -267,6 +264,11 @@ class Trainer:
                     "with --auto_resume True."
                 ) from error
         self.console.log(run.step, values)
+
+    def should_stop(self) -> bool:
+        """True on every rank if any was asked to stop."""
+        asked = torch.tensor([self.stop.reason is not None], dtype=torch.float64)
+        return bool(self.run.engine.all_reduce_sum(asked))
 
     def save(self, *, last: bool = False) -> None:
         """Save and draw the loss plot. Training survives a periodic save that fails (full disk), but not the `last`."""

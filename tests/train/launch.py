@@ -81,12 +81,18 @@ def launch(num_ranks: int, function: str, argument: Any = None, timeout: float =
         return [json.loads((Path(folder) / f"result_{rank}.json").read_text()) for rank in range(num_ranks)]
 
 
-def trainings(list_of_settings: list[dict]) -> None:
-    """Whole runs, one after the other."""
+def train_on(num_ranks: int, *list_of_settings: dict, timeout: float = 240) -> None:
+    """Whole runs, one after the other in the same processes."""
+    runs = [(free_port(), settings) for settings in list_of_settings]
+    launch(num_ranks, "tests.train.launch:trainings", runs, timeout)
+
+
+def trainings(runs: list[tuple[int, dict]]) -> None:
     from echo4o.config import load_config
     from echo4o.train.trainer import train
 
-    for settings in list_of_settings:
+    for port, settings in runs:
+        os.environ["MASTER_PORT"] = str(port)  # a late rank must not meet the run before
         train(load_config((), settings))
 
 

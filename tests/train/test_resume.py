@@ -95,7 +95,7 @@ def test_killed_run_resumes_to_the_bit(tmp_path: Path, num_workers: int, kill_at
     newest = folders.latest(tmp_path / "killed" / "checkpoints")
     assert newest is not None and int(newest.name) == (kill_at - 1) // 2 * 2
     state = json.loads((newest / "ranks" / "00000.json").read_text())
-    assert any(stream["buffer"] for stream in state["data"]["streams"] if stream), "the case needs a row in the buffer"
+    assert any(stream["buffer"] for stream in state["data"]["streams"].values()), "the case needs a row in the buffer"
 
     train(load_config((), settings))
     assert_same_run(tmp_path / "whole", tmp_path / "killed", steps=9)
@@ -145,9 +145,9 @@ def test_kill_in_a_save_leaves_the_previous_checkpoint_usable(tmp_path: Path) ->
     killed = start(settings | {"kill_in_save": 4}, tmp_path, "killed")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     checkpoints = tmp_path / "out" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002", "0000004.partial"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002", "0000004.partial", "latest"]
     assert folders.latest(checkpoints) == checkpoints / "0000002"
     train(load_config((), settings))
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002", "0000004", "0000006"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002", "0000004", "0000006", "latest"]
     train(load_config((), run_settings(bagel, tmp_path / "whole", total_steps=6)))
     assert_same_run(tmp_path / "whole", tmp_path / "out", steps=6)
