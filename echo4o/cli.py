@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from echo4o.config import ConfigError, flag_help, load_config
+from echo4o.train.failures import USER_ERRORS
 
 app = typer.Typer(
     name="echo4o",
@@ -103,6 +104,8 @@ def run_training(argv: Sequence[str]) -> int:
     # Idle threads of torch's CPU kernels wait by spinning. On two cores a long spin is 10 % faster than a short one if
     # nothing else runs, and several times slower if anything does. Read once, when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # What sockets and stores say when a rank is gone: our own message is the readable one.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     def work() -> None:
         config = load_config(argv)
@@ -129,9 +132,6 @@ def _report_errors(work: Callable[[], None]) -> int:
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
-
-#: Errors whose message names the fix; by name, because importing their modules takes seconds.
-USER_ERRORS = ("ConfigError", "DataError", "CheckpointError", "NonFiniteError", "KernelError", "RunError")
 
 
 def main() -> None:
