@@ -216,12 +216,15 @@ def join(config: RunConfig, processes: Processes) -> torch.device:
 def _packs_per_rank(plan: LoadPlan, config: RunConfig, processes: Processes) -> tuple[int, str]:
     """Micro-batches of a step on this rank, and a note where a resumed run needs others than the settings say."""
     training = config.training
-    if not plan.resume_from or not training.resume_data:
+    if not plan.resume_from:
         return training.gradient_accumulation_steps, ""
     try:
+        train_state.read_training(plan.resume_from)
+        if not training.resume_data:
+            return training.gradient_accumulation_steps, ""
         saved = train_state.read_rank(plan.resume_from, 0)["data"]
     except (CheckpointError, KeyError) as error:
-        raise ConfigError(f"{plan.resume_from} cannot be resumed: {error}") from error
+        raise ConfigError(str(error)) from error
     return plan_resume(saved, processes.world_size, training.gradient_accumulation_steps, training.keep_packs_per_step)
 
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -233,8 +233,8 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         run = self.run
-        gathered = run.engine.gather((self.breakdown.state_dict(), self.work_seconds, run.engine.processes.host))
-        breakdowns, seconds, hosts = zip(*gathered, strict=True)
+        own = (self.breakdown.state_dict(), run.loader_counters(), self.work_seconds, run.engine.processes.host)
+        breakdowns, counters, seconds, hosts = zip(*run.engine.gather(own), strict=True)
         self.breakdown.merge(breakdowns)
         if max(seconds) > SLOW_DATA_SHARE * run.throughput.seconds:
             for who in stragglers(seconds, hosts):
@@ -250,7 +250,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             **self.breakdown.means(),
             **run.throughput.summary(run.engine.world_size),
-            **run.loader_counters(),
+            **_summed(counters),
         }
         self.breakdown.reset()
         run.throughput.reset()
@@ -315,6 +315,11 @@ class Trainer:
             plot_losses(metrics, metrics.with_name(PLOT_FILE))
         except OSError as error:
             logger.warning("cannot draw the loss plot: %s", error)
+
+
+def _summed(counters: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    names = dict.fromkeys(name for part in counters for name in part)
+    return {name: sum(part.get(name, 0) for part in counters) for name in names}
 
 
 @contextlib.contextmanager

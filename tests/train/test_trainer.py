@@ -328,7 +328,7 @@ def test_finished_run_has_nothing_to_do(bagel: Path, tmp_path: Path) -> None:
 def test_resume_from_a_damaged_checkpoint_names_the_remedy(bagel: Path, tmp_path: Path) -> None:
     train(run_config(bagel, tmp_path, total_steps=2))
     checkpoint = folders.latest(tmp_path / "checkpoints")
-    (checkpoint / "training" / ".metadata").unlink()
+    (checkpoint / "optimizer.safetensors").unlink()
     with pytest.raises(ConfigError, match="init_from"):
         train(run_config(bagel, tmp_path / "again", init_from=None, resume_from=str(checkpoint), total_steps=4))
 
