@@ -46,9 +46,17 @@ def test_commands_exist(document):
         if words[0] == "train":
             assert "--help" in words or load_settings(words[1:]), line
         else:
-            command = verbs[words[0]].commands[words[1]]
+            command = getattr(verbs[words[0]], "commands", {}).get(words[1], verbs[words[0]])
             known = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= known, line
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_settings_of_torchrun_commands_exist(document):
+    found = re.findall(r"scripts/train\.py ([^`\n#<]+)", document.read_text(encoding="utf-8"))
+    for line in found:
+        words = [word for word in shlex.split(line) if word != "…"]
+        assert load_config([str(ROOT / word) if word.startswith("configs/") else word for word in words]), line
 
 
 def load_settings(argv: list[str]) -> bool:
@@ -71,6 +79,7 @@ multi_ref unified_edit t2i_pretrain vlm_sft dataset_names num_used_data is_manda
 vit_image_transform_args image_pixel_limit frame_sampler_args max_num_frames min_num_frames shuffle_lines
 shuffle_seed resume_data_status data_dir input_images input_image image_list target_image instruction_list
 output_image no_flag num_worker too_long skipped_steps grad_norm tokens_per_sec data_wait_share
+load_bagel adamw_8bit nproc_per_node
 """
 
 
