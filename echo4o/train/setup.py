@@ -102,6 +102,9 @@ class Run:
         self.model_config.save_pretrained(folder)
         self.tokenizer.save_pretrained(str(folder))  # type: ignore[attr-defined]
         if self.vae_path is not None:
+            if not self.vae_path.is_file() and (newest := folders.latest(folder.parent)):
+                # It lay in the checkpoint that the run went on from, and keep_last_n has removed that.
+                self.vae_path = newest / WEIGHTS_FILE
             train_state.link_or_copy(self.vae_path, folder / WEIGHTS_FILE)
         save_resolved(self.config, folder / CONFIG_FILE)
         if self.adapters is not None:
