@@ -12,19 +12,23 @@ With ``--changes-of-packs`` every start also takes another number of packs a ste
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import logging
 import math
+import multiprocessing
+import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -115,29 +119,22 @@ class Life:
     settings: dict[str, object]
     num_ranks: int
     logs: list[Path]
-    processes: list[subprocess.Popen]
+    processes: list[BaseProcess]
 
     @classmethod
     def start(cls, settings: dict[str, object], num_ranks: int, folder: Path, name: str) -> Life:
         from tests.train.launch import environment, free_port
 
         folder.mkdir(exist_ok=True)
-        path, port = folder / f"{name}.json", free_port()
-        path.write_text(json.dumps(settings))
+        (folder / f"{name}.json").write_text(json.dumps(settings))
         logs = [folder / f"{name}_rank_{rank}.log" for rank in range(num_ranks)]
+        port = free_port()
         processes = []
         for rank, log in enumerate(logs):
-            with open(log, "w", encoding="utf-8") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, __file__, "--rank-of", str(path)],
-                        cwd=ROOT,
-                        env=environment(rank, num_ranks, port),
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
+            log.touch()
+            arguments = (settings, log, environment(rank, num_ranks, port))
+            processes.append(multiprocessing.get_context("forkserver").Process(target=train_one_rank, args=arguments))
+            processes[-1].start()
         return cls(settings, num_ranks, logs, processes)
 
     def started(self) -> bool:
@@ -145,21 +142,20 @@ class Life:
         return BANNER in self.logs[0].read_text(encoding="utf-8", errors="replace")
 
     def ended(self) -> bool:
-        return any(process.poll() is not None for process in self.processes)
+        return any(process.exitcode is not None for process in self.processes)
 
     def wait(self, timeout: float) -> None:
         """Raises Violation if a process is still there then."""
         deadline = time.monotonic() + timeout
         for rank, process in enumerate(self.processes):
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                raise Violation(f"rank {rank} has not ended after {timeout:.0f} s\n{self.tail(rank)}") from None
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.exitcode is None:
+                raise Violation(f"rank {rank} has not ended after {timeout:.0f} s\n{self.tail(rank)}")
 
     def end(self) -> None:
         for process in self.processes:
             process.kill()
-            process.wait()
+            process.join()
 
     def tail(self, rank: int = 0) -> str:
         return self.logs[rank].read_text(encoding="utf-8", errors="replace")[-3000:]
@@ -256,7 +252,7 @@ class KillTest:
         started = time.monotonic()
         _wait_until(life.ended, self.rng.uniform(0, WINDOW))
         if kind in ("save", "publication"):
-            pattern = "*.partial" if kind == "save" else f"*.partial/{train_state.TRAINING}"
+            pattern = "*.partial" if kind == "save" else "*.partial/training.json"
             _wait_until(lambda: any(self.checkpoints.glob(pattern)) or life.ended(), 20, interval=0.0005)
             time.sleep(self.rng.uniform(0, 0.1 if kind == "save" else 0.03))
         return time.monotonic() - started
@@ -336,8 +332,8 @@ def run_to_end(life: Life, what: str) -> None:
         stack.callback(life.end)
         life.wait(3600)
     for rank, process in enumerate(life.processes):
-        if process.returncode:
-            raise Violation(f"{what}: rank {rank} ended with {process.returncode}\n{life.tail(rank)}")
+        if process.exitcode:
+            raise Violation(f"{what}: rank {rank} ended with {process.exitcode}\n{life.tail(rank)}")
 
 
 # ---------------------------------------------------------------- what must hold at the end
@@ -506,15 +502,25 @@ def run_test(folder: Path, kills: int, ranks: list[int], seed: int, changes_of_p
     )
 
 
-def train_one_rank(settings: Path) -> None:
+def train_one_rank(settings: dict[str, object], log: Path, environment: dict[str, str]) -> None:
+    """What each rank does, in a process forked from one that has imported everything: starts are many."""
     import torch
 
     from echo4o.config import load_config
     from echo4o.train.trainer import train
 
+    os.setsid()
+    with open(log, "wb") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # the platform's own for data workers, not this process'
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     torch.set_num_threads(1)
-    train(load_config((), json.loads(settings.read_text())))
+    try:
+        train(load_config((), settings))
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing's processes leave these out
 
 
 def main() -> None:
@@ -524,17 +530,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and numbers")
     parser.add_argument("--folder", type=Path, help="an empty folder for the run; default: a temporary one")
     parser.add_argument("--changes-of-packs", action="store_true", help="other packs a step at every start")
-    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rank_of:
-        train_one_rank(options.rank_of)
-        return
     if any(PACKS_PER_STEP % number for number in options.ranks) and not options.changes_of_packs:
         parser.error(f"--ranks must divide {PACKS_PER_STEP}, the packs a step")
     folder = options.folder or Path(tempfile.mkdtemp(prefix="kill_test_"))
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         parser.error(f"{folder} is not empty")
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["echo4o.train.trainer", "tests.train.tiny_run"])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes are ended
     try:
         run_test(folder.resolve(), options.kills, options.ranks, options.seed, options.changes_of_packs)
     except Violation as error:
