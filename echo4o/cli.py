@@ -133,7 +133,6 @@ def _report_errors(work: Callable[[], None]) -> int:
     return 0
 
 
-
 def main() -> None:
     app()
 

@@ -27,7 +27,7 @@ def main() -> None:
     import torch
     from bench_loading import config_of
 
-    from echo4o.checkpoint.train_state import CheckpointWriter, Progress
+    from echo4o.checkpoint.writer import CheckpointWriter, Progress
     from echo4o.model import Bagel
     from echo4o.train.ema import EMA
     from echo4o.train.engine import SingleProcessEngine

@@ -64,7 +64,7 @@ def test_interrupt_is_one_line(monkeypatch):
 
 
 def test_errors_with_a_remedy_are_known_by_their_classes():
-    from echo4o.checkpoint.train_state import CheckpointError
+    from echo4o.checkpoint.folders import CheckpointError
     from echo4o.data.errors import DataError
     from echo4o.model.attention import KernelError
     from echo4o.train.trainer import NonFiniteError, RunError

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from echo4o.checkpoint.folders import CheckpointError
+from echo4o.checkpoint.inventory import ADAPTER
 from echo4o.checkpoint.names import ADAPTER_PREFIX, is_adapter
 from echo4o.checkpoint.pieces import whole
 from echo4o.checkpoint.slices import LayeredReader, WeightsReader
-from echo4o.checkpoint.train_state import ADAPTER, weights_of
+from echo4o.checkpoint.train_state import weights_of
 from echo4o.checkpoint.weights import write_text
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.config import SCALAR_FILES

@@ -12,9 +12,10 @@ from rich.progress import track
 
 from echo4o.checkpoint.adapters import CONFIG_FILE, MergedWeights, assets_of, is_adapter_folder
 from echo4o.checkpoint.folders import CheckpointError
+from echo4o.checkpoint.inventory import TRAINING
 from echo4o.checkpoint.pieces import flat
 from echo4o.checkpoint.shared_file import SharedFile, create_file, plan_file
-from echo4o.checkpoint.train_state import TRAINING, link_or_copy
+from echo4o.checkpoint.writer import link_or_copy
 from echo4o.model.config import SCALAR_FILES
 from echo4o.model.vae import WEIGHTS_FILE
 

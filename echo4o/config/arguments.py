@@ -99,7 +99,7 @@ class TrainingArguments:
     keep_last_n: int = _flag(0, "checkpoints to keep, newest first; 0 keeps all")
     keep_every: int = _flag(0, "also keep each checkpoint whose step is a multiple of this; 0: none beyond keep_last_n")
     async_save: bool = _flag(True, "write checkpoints in the background while training goes on")
-    log_rows: bool = _flag(False, "write the rows of every step to rows.jsonl in results_dir")
+    log_rows: bool = _flag(False, "write the rows of every step to rows/ in results_dir, a file a rank")
     total_steps: int = _flag(500_000, "stop after this many optimiser steps")
     warmup_steps: int = _flag(2000, "steps of linear warm-up")
     lr_scheduler: str = _flag("constant", "constant or cosine (down to min_lr)")
@@ -159,7 +159,7 @@ class TrainingArguments:
     attention_kernel: str = _flag("auto", "auto (flex on a GPU, sdpa on a CPU), sdpa, flex or flash")
     activation_checkpointing: str = _flag("full", "recompute activations: none, selective or full (upstream: full)")
     compile: bool = _flag(False, "torch.compile every block")
-    dtype: str = _flag("auto", "compute type: auto (bfloat16 on a GPU), float32 or bfloat16; weights stay float32")
+    dtype: str = _flag("auto", "compute type: auto (bfloat16 on a GPU), float32 or bfloat16; what trains stays float32")
     device: str = _flag("auto", "auto, cpu, cuda or cuda:N")
     peak_device_tflops: float = _flag(0.0, "peak for the MFU figure; 0 looks the device up (on a CPU: measures it)")
 

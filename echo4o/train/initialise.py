@@ -21,6 +21,7 @@ from echo4o.model import Bagel, BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from echo4o.model.config import SCALAR_FILES
 from echo4o.model.pretrained import find_weights, read_shapes
 from echo4o.model.vae import WEIGHTS_FILE, infer_config
+from echo4o.train.lora import scaled_alpha
 
 #: What a config file with unexpected content makes of reading it.
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
@@ -91,6 +92,7 @@ def _from_checkpoint(plan: LoadPlan, architecture: BagelConfig, config: RunConfi
         raise ConfigError(f"{folder} cannot be resumed: {_reason(error)}") from error
     source, path = str(folder), None
     if base is not None:
+        _require_same_adapters(base, folder, config)
         path = _base_file(base, folder, config)
         readers.append(WeightsReader(path))
         source = f"{folder} (adapters) over {path}"
@@ -98,6 +100,17 @@ def _from_checkpoint(plan: LoadPlan, architecture: BagelConfig, config: RunConfi
         raise ConfigError(f"{folder} holds no weights; take another checkpoint")
     aliases = _aliases(architecture)
     return InitialModel(_on_meta(architecture), source, LayeredReader(readers, aliases), base_file=path)
+
+
+def _require_same_adapters(saved: AdapterConfig, folder: Path, config: RunConfig) -> None:
+    training = config.training
+    stated = (training.lora_rank, scaled_alpha(training.lora_rank, training.lora_alpha))
+    if training.lora_rank and stated != (saved.rank, saved.alpha):
+        raise ConfigError(
+            f"{folder} has adapters of rank {saved.rank} and alpha {saved.alpha:g}, the settings say rank {stated[0]} "
+            f"and alpha {stated[1]:g}. Continue with --lora_rank {saved.rank} --lora_alpha {saved.alpha:g}; other "
+            "adapters are another run."
+        )
 
 
 def _base_file(base: AdapterConfig, folder: Path, config: RunConfig) -> Path:

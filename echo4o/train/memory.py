@@ -190,7 +190,12 @@ class HostEstimate:
 
 
 def host_estimate(
-    memory: MemoryEstimate, *, ranks_on_node: int = 1, on_cpu: bool = False, async_save: bool = True
+    memory: MemoryEstimate,
+    *,
+    ranks_on_node: int = 1,
+    on_cpu: bool = False,
+    async_save: bool = True,
+    writers_on_node: int | None = None,
 ) -> HostEstimate:
     """What the processes of a node need of its memory. Reading adds nothing: files are mapped, each process copies its
     own share.
@@ -198,13 +203,15 @@ def host_estimate(
     Args:
         on_cpu: the model computes on the CPU, so that all its tensors are there.
         async_save: checkpoints are written in the background, from copies.
+        writers_on_node: ranks that write (of several replicas one does); None: all.
     """
     parts = memory.parts() if on_cpu else memory.parts(on_host=True)
     state = sum(size for name, size in parts.items() if name != "activations")
     snapshot = (
         memory.gradients + memory.optimizer + memory.ema if async_save else 0
     )  # masters are as large as gradients
-    return HostEstimate(ranks_on_node * state, ranks_on_node * snapshot, ranks_on_node * PROCESS_BYTES)
+    writers = ranks_on_node if writers_on_node is None else writers_on_node
+    return HostEstimate(ranks_on_node * state, writers * snapshot, ranks_on_node * PROCESS_BYTES)
 
 
 def refuse_if_it_cannot_fit(estimate: HostEstimate, available: int | None) -> None:

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from echo4o.checkpoint import folders, train_state
 from echo4o.checkpoint.adapters import AdapterConfig, write_adapter_config
 from echo4o.checkpoint.folders import CheckpointError
-from echo4o.checkpoint.slices import LayeredReader, WeightsReader
-from echo4o.checkpoint.train_state import CheckpointWriter
+from echo4o.checkpoint.inventory import FROZEN
+from echo4o.checkpoint.writer import CheckpointWriter, link_or_copy
 from echo4o.config import ConfigError, LoadPlan, RunConfig, plan_loading, save_resolved, validate
-from echo4o.config.lists import split_names, split_rates
+from echo4o.config.lists import split_names
 from echo4o.data.loader import PackedLoader
 from echo4o.data.resume import plan_resume
 from echo4o.data.sources import SourceGroup
-from echo4o.data.tokenizer import SpecialTokens, Tokenizer
-from echo4o.model import Bagel, BagelConfig
+from echo4o.data.tokenizer import Tokenizer
+from echo4o.model import BagelConfig
 from echo4o.model.attention import KernelError, resolve_kernel
 from echo4o.model.vae import WEIGHTS_FILE, AutoEncoder
 from echo4o.train.banner import banner, lora_text
@@ -31,24 +30,26 @@ from echo4o.train.data import build_groups, build_loader, build_tokenizer
 from echo4o.train.ema import EMA
 from echo4o.train.engine import Engine, build_engine
 from echo4o.train.engine.single import resolve_device
-from echo4o.train.initialise import InitialModel, architecture_of, initial_model, vae_file
+from echo4o.train.initialise import InitialModel, architecture_of, initial_model
 from echo4o.train.liveness import Liveness
-from echo4o.train.lora import add_lora, init_adapters, scaled_alpha
 from echo4o.train.memory import (
     MemoryEstimate,
-    available_host_memory,
     available_memory,
-    estimate_memory,
-    host_estimate,
-    refuse_if_it_cannot_fit,
 )
 from echo4o.train.metrics import METRICS_FILE, MetricsFile, Sink, TensorBoardSink, WandbSink
-from echo4o.train.optim import build_optimizer, lr_schedule
+from echo4o.train.optim import lr_schedule
 from echo4o.train.parallelize import apply_activation_checkpointing, compile_blocks
+from echo4o.train.placing import (
+    adapter_config,
+    build_vae,
+    choose_what_trains,
+    fit_vocabulary,
+    memory_of_a_rank,
+    place,
+    start_average,
+)
 from echo4o.train.processes import Processes
-from echo4o.train.reading import cast_frozen, check_weights, reading
 from echo4o.train.row_log import RowLog
-from echo4o.train.selection import choose_trainable
 from echo4o.train.stopping import remove_stop_marker
 from echo4o.train.throughput import Throughput, find_peak_tflops
 
@@ -105,12 +106,12 @@ class Run:
             if not self.vae_path.is_file() and (newest := folders.latest(folder.parent)):
                 # It lay in the checkpoint that the run went on from, and keep_last_n has removed that.
                 self.vae_path = newest / WEIGHTS_FILE
-            train_state.link_or_copy(self.vae_path, folder / WEIGHTS_FILE)
+            link_or_copy(self.vae_path, folder / WEIGHTS_FILE)
         save_resolved(self.config, folder / CONFIG_FILE)
         if self.adapters is not None:
             write_adapter_config(folder, self.adapters)
 
-    def checkpoint_writer(self) -> CheckpointWriter:
+    def checkpoint_writer(self, on_progress: Callable[[], None]) -> CheckpointWriter:
         training = self.config.training
         return CheckpointWriter(
             training.checkpoint_dir,
@@ -121,6 +122,7 @@ class Run:
             keep_every=training.keep_every,
             asynchronous=training.async_save,
             frozen_file=self.frozen_file,
+            on_progress=on_progress,
         )
 
     def close(self) -> None:
@@ -151,19 +153,19 @@ def set_up(config: RunConfig, processes: Processes, device: torch.device, livene
     tokenizer, special_tokens = build_tokenizer(plan)
     groups = build_groups(config, architecture, tokenizer, special_tokens)
     loader = build_loader(config, architecture, special_tokens, groups, engine, packs_per_rank)
-    vae, vae_path = _build_vae(plan, config, architecture, engine)
+    vae, vae_path = build_vae(plan, config, architecture, engine)
     initial = initial_model(plan, architecture, config)
     model, model_config = initial.model, initial.config
-    _fit_vocabulary(model, tokenizer, special_tokens)
+    fit_vocabulary(model, tokenizer, special_tokens)
 
-    adapted = _choose_what_trains(model, config)
+    adapted = choose_what_trains(model, config)
     apply_activation_checkpointing(model, training.activation_checkpointing, training.lora_dropout > 0)
     if training.compile:
         compile_blocks(model)
-    memory = _estimate_memory(engine, initial, config)
-    unexpected = _prepare(engine, initial, config, liveness)
+    memory = memory_of_a_rank(engine, initial, config)
+    unexpected = place(engine, initial, config, liveness)
     ema = EMA(engine.trained(), training.ema, training.ema_bias_correction, training.ema_offload)
-    _start_average(ema, plan, initial)
+    start_average(ema, plan, initial)
     torch.manual_seed(training.global_seed * engine.world_size + engine.rank)
 
     run = Run(
@@ -183,7 +185,7 @@ def set_up(config: RunConfig, processes: Processes, device: torch.device, livene
             find_peak_tflops(engine.device, engine.compute_dtype, training.peak_device_tflops),
         ),
         packs_per_rank=packs_per_rank,
-        adapters=_adapter_config(plan, initial, config, adapted),
+        adapters=adapter_config(plan, initial, config, adapted),
     )
     if plan.resume_from:
         _resume(run, plan.resume_from)
@@ -246,159 +248,6 @@ def require_writable(flag: str, folder: str) -> None:
         ) from error
 
 
-# ---------------------------------------------------------------- model
-
-
-def _build_vae(
-    plan: LoadPlan, config: RunConfig, architecture: BagelConfig, engine: Engine
-) -> tuple[AutoEncoder | None, Path | None]:
-    if not architecture.visual_gen:
-        return None, None
-    try:
-        path = vae_file(plan.configs_from or config.model.vae_path)
-        vae = AutoEncoder.from_pretrained(path, config=architecture.vae, device=engine.device)
-    except (OSError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    return vae.requires_grad_(False), path
-
-
-def _fit_vocabulary(model: Bagel, tokenizer: Tokenizer, special_tokens: SpecialTokens) -> None:
-    """Grow the embeddings for markers that were added to the tokenizer; any other surplus is a mismatch."""
-    rows, needed = model.config.llm.vocab_size, len(tokenizer)
-    if needed <= rows:
-        return
-    if needed - rows > special_tokens.num_new_tokens:
-        raise ConfigError(
-            f"the tokenizer has {needed:,} entries, the word embeddings {rows:,}: they are not from the same model. "
-            "Copy the tokenizer files of these weights into their folder."
-        )
-    model.resize_token_embeddings(needed)
-    logger.warning("word embeddings grown from %d to %d rows for the marker tokens", rows, needed)
-
-
-def _choose_what_trains(model: Bagel, config: RunConfig) -> list[str]:
-    """Adapters and frozen parts; returns the names of the adapted layers."""
-    training, adapted = config.training, []
-    if training.lora_rank:
-        adapted = add_lora(
-            model,
-            rank=training.lora_rank,
-            alpha=training.lora_alpha,
-            dropout=training.lora_dropout,
-            targets=split_names(training.lora_targets),
-        )
-    choose_trainable(
-        model,
-        freeze_llm=training.freeze_llm,
-        freeze_vit=training.freeze_vit,
-        train_only=split_names(training.train_only),
-    )
-    return adapted
-
-
-def _adapter_config(
-    plan: LoadPlan, initial: InitialModel, config: RunConfig, adapted: list[str]
-) -> AdapterConfig | None:
-    if not adapted:
-        return None
-    training = config.training
-    if initial.base_file is None:
-        raise ConfigError("LoRA adapts weights that lie in files: start from a model folder with --init_from")
-    return AdapterConfig(
-        base=str(initial.base_file.parent.resolve()),
-        rank=training.lora_rank,
-        alpha=scaled_alpha(training.lora_rank, training.lora_alpha),
-        dropout=training.lora_dropout,
-        target_modules=tuple(adapted),
-        base_weights=initial.base_file.name.partition(".")[0],
-    )
-
-
-def _estimate_memory(engine: Engine, initial: InitialModel, config: RunConfig) -> MemoryEstimate:
-    """What a rank will take; refused where the host clearly lacks memory, before anything is read."""
-    training = config.training
-    dtypes = initial.reader.dtypes() if initial.reader is not None else {}
-    cast_frozen(initial.model, dtypes, training.frozen_dtype, engine.compute_dtype)
-    shard, gathered = engine.sharding()
-    memory = estimate_memory(
-        initial.model,
-        initial.config,
-        config.data.max_num_tokens,
-        training.activation_checkpointing,
-        engine.compute_dtype.itemsize,
-        shard=shard,
-        gathered=gathered,
-        cpu_offload=training.cpu_offload and engine.device.type == "cuda",
-        ema_offload=training.ema_offload and engine.device.type == "cuda",
-        optimizer=training.optimizer,
-    )
-    needed = host_estimate(
-        memory,
-        ranks_on_node=engine.processes.local_world_size,
-        on_cpu=engine.device.type == "cpu",
-        async_save=training.async_save,
-    )
-    refuse_if_it_cannot_fit(needed, available_host_memory())
-    return memory
-
-
-def _prepare(engine: Engine, initial: InitialModel, config: RunConfig, liveness: Liveness | None) -> list[str]:
-    """Shard the model, read its weights, build the optimiser; returns the file's unused tensors."""
-    training, model = config.training, initial.model
-
-    def optimizer(module: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(
-            module,
-            training.optimizer,
-            lr=training.lr,
-            beta1=training.beta1,
-            beta2=training.beta2,
-            eps=training.eps,
-            weight_decay=training.weight_decay,
-            lr_groups=split_rates(training.lr_groups),
-        )
-
-    unexpected, read = [], None
-    if initial.reader is not None:
-        unexpected = check_weights(model, initial.reader, initial.source)
-        read = reading(
-            model,
-            initial.reader,
-            initial.source,
-            fill_adapters=lambda pieces: init_adapters(pieces, training.global_seed),
-            show=engine.rank == 0,
-            on_progress=(lambda: liveness.progress(0, "reading weights")) if liveness else None,
-        )
-    try:
-        engine.prepare(model, optimizer, read)
-        model.set_attention_kernel(training.attention_kernel)
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"the model does not fit into the memory of {engine.device}: freeze parts (--freeze_und True, "
-            "--freeze_vit True, --visual_und False), or end what else uses the device"
-        ) from error
-    except (KernelError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    return unexpected
-
-
-def _start_average(ema: EMA, plan: LoadPlan, initial: InitialModel) -> None:
-    """Upstream: a run that starts from ``model.safetensors`` goes on with the ``ema.safetensors`` beside it."""
-    path = initial.weights_file
-    if plan.resume_from or path is None or not path.name.startswith("model."):
-        return
-    beside = path.with_name(path.name.replace("model.", "ema.", 1))
-    if beside.exists():
-        reader = LayeredReader([WeightsReader(beside)], initial.reader.aliases if initial.reader else {})
-        for name, piece in ema.pieces().items():
-            if (found := reader.find(name)) is not None:
-                found[0].fill(found[1], piece)
-        ema.continue_average()
-        logger.info("EMA starts from %s", beside)
-        if ema.bias_correction:
-            logger.warning("ema_bias_correction: no effect, the average loaded from %s is continued", beside)
-
-
 def _schedule(config: RunConfig) -> Callable[[int], float]:
     training = config.training
     return lr_schedule(
@@ -422,7 +271,7 @@ def _resume(run: Run, folder: str) -> None:
         raise ConfigError(str(error)) from error
     run.step = int(training["step"])
     run.trainer_state = training
-    run.frozen_file = Path(folder) / train_state.FROZEN
+    run.frozen_file = Path(folder) / FROZEN
 
 
 def _set_aside_later_checkpoints(run: Run, plan: LoadPlan) -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from echo4o.checkpoint.folders import CheckpointError, step_folder
-from echo4o.checkpoint.train_state import Progress, Saved
+from echo4o.checkpoint.writer import Progress, Saved
 from echo4o.config import RunConfig
 from echo4o.packed import PackedBatch
 from echo4o.train.console import ConsoleProgress
@@ -102,7 +102,7 @@ class Trainer:
         self.liveness = liveness
         self.work_seconds = 0.0
         self.workers_started = False
-        self.writer = run.checkpoint_writer()
+        self.writer = run.checkpoint_writer(lambda: liveness.progress(run.step, "save"))
         self.breakdown = LossBreakdown()
         self.breakdown.load_state_dict(run.trainer_state.get("breakdown", {}))
         self.skipped_steps = int(run.trainer_state.get("skipped_steps", 0))
@@ -124,6 +124,7 @@ class Trainer:
                 micro_batches = self.fetch(batches)
             # What a rank does before all of them meet: those that take long for it keep the others waiting.
             self.work_seconds += time.perf_counter() - started
+            self.liveness.progress(step, "forward, backward and update")
             with _explained_out_of_memory(micro_batches):
                 result = self.train_step(micro_batches, lr=run.schedule(step - 1))
             run.step = step

@@ -17,8 +17,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from echo4o.checkpoint import folders, train_state
+from echo4o.checkpoint import writer as saving
 from echo4o.checkpoint.folders import CheckpointError
-from echo4o.checkpoint.train_state import Progress
+from echo4o.checkpoint.writer import Progress
 from echo4o.model import Bagel
 from echo4o.train.ema import EMA
 from echo4o.train.engine import SingleProcessEngine
@@ -57,7 +58,7 @@ class Training:
 
     def save(self, folder: Path, step: int = 2, keep_last_n: int = 0, assets=lambda folder: None) -> Path:
         progress = Progress(step, {"note": step}, {"data": {"cursor": step}})
-        return train_state.save(folder, progress, self.engine, self.ema, assets, keep_last_n)
+        return saving.save(folder, progress, self.engine, self.ema, assets, keep_last_n)
 
 
 def names(folder: Path) -> list[str]:
@@ -99,7 +100,7 @@ def test_weights_files_bear_upstreams_names_and_hold_everything(parity: Path, tm
 
 def test_frozen_parts_are_written_once_and_linked(parity: Path, tmp_path: Path) -> None:
     training = Training(parity / "multiref", freeze_vit=True).steps(1)
-    writer = train_state.CheckpointWriter(tmp_path, training.engine, training.ema, lambda folder: None, keep_last_n=2)
+    writer = saving.CheckpointWriter(tmp_path, training.engine, training.ema, lambda folder: None, keep_last_n=2)
     for step in (2, 3, 4):
         writer.save(Progress(step, {}, {}), wait=True)
     first, second = (tmp_path / f"000000{step}" for step in (3, 4))
@@ -112,7 +113,7 @@ def test_frozen_parts_are_written_once_and_linked(parity: Path, tmp_path: Path) 
         expected = training.model.state_dict() | (training.ema.shadow if weights == "ema" else {})
         assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
     # A run that goes on from a checkpoint links that one's.
-    resumed = train_state.CheckpointWriter(
+    resumed = saving.CheckpointWriter(
         tmp_path, training.engine, training.ema, lambda folder: None, frozen_file=second / "frozen.safetensors"
     )
     resumed.save(Progress(9, {}, {}), wait=True)
@@ -125,9 +126,9 @@ def test_saving_goes_on_in_the_background_from_a_snapshot(
     training = Training(parity / "multiref").steps(1)
     expected = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     average = {name: tensor.clone() for name, tensor in training.ema.shadow.items()}
-    may_write, create = threading.Event(), train_state.create_file
-    monkeypatch.setattr(train_state, "create_file", lambda *args: may_write.wait(30) and create(*args))
-    writer = train_state.CheckpointWriter(tmp_path, training.engine, training.ema, lambda folder: None)
+    may_write, create = threading.Event(), saving.create_file
+    monkeypatch.setattr(saving, "create_file", lambda *args: may_write.wait(30) and create(*args))
+    writer = saving.CheckpointWriter(tmp_path, training.engine, training.ema, lambda folder: None)
     assert writer.save(Progress(1, {}, {})) is None
     training.steps(2)  # training goes on while nothing is written yet
     assert writer.poll() is None and folders.steps(tmp_path) == []
@@ -261,10 +262,10 @@ def test_marker_lists_every_file(parity: Path, tmp_path: Path) -> None:
 def test_link_or_copy(tmp_path: Path) -> None:
     source, target = tmp_path / "ae.safetensors", tmp_path / "copy.safetensors"
     source.write_bytes(b"weights")
-    train_state.link_or_copy(source, target)
+    saving.link_or_copy(source, target)
     assert target.read_bytes() == b"weights"
     assert target.stat().st_ino == source.stat().st_ino
-    train_state.link_or_copy(source, target)
+    saving.link_or_copy(source, target)
     assert target.read_bytes() == b"weights"
 
 
@@ -275,7 +276,7 @@ def test_a_linked_vae_is_linked_itself(parity: Path, tmp_path: Path) -> None:
     source = tmp_path / "ae.safetensors"
     source.symlink_to("blobs/ae")
     folder = Training(parity / "multiref").save(
-        tmp_path / "out", assets=lambda f: train_state.link_or_copy(source, f / "ae.safetensors")
+        tmp_path / "out", assets=lambda f: saving.link_or_copy(source, f / "ae.safetensors")
     )
     copy = folder / "ae.safetensors"
     assert not copy.is_symlink() and copy.read_bytes() == b"weights"

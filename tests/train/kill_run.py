@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from echo4o.checkpoint import train_state
+from echo4o.checkpoint import writer
 from echo4o.config import load_config
 from echo4o.train import trainer as trainer_module
 
@@ -30,14 +30,14 @@ def main() -> None:
     kill_in_save = settings.pop("kill_in_save", None)
     torch.set_num_threads(1)
     if kill_in_save is not None:
-        publish = train_state.publish
+        publish = writer.publish
 
         def die_before_publishing(partial: Path, folder: Path, step: int) -> None:
             if step == kill_in_save:
                 os.kill(os.getpid(), signal.SIGKILL)
             publish(partial, folder, step)
 
-        train_state.publish = die_before_publishing
+        writer.publish = die_before_publishing
     if kill_at is not None:
         count = trainer_module.Trainer.count
 

@@ -100,6 +100,14 @@ def test_a_run_goes_on_although_its_base_moved(bagel: Path, tmp_path: Path, at_t
     assert config["base_model_name_or_path"] == str(tmp_path / "moved")
 
 
+@pytest.mark.parametrize("changes", [{"lora_alpha": 64.0}, {"lora_rank": 2}])
+def test_other_adapters_are_another_run(bagel: Path, tmp_path: Path, changes: dict) -> None:
+    settings = run_settings(bagel, tmp_path, **LORA, auto_resume=True)
+    train(load_config((), settings | {"total_steps": 1}))
+    with pytest.raises(ConfigError, match="rank 4 and alpha 8.*--lora_alpha 8"):
+        train(load_config((), settings | changes))
+
+
 def test_adapters_are_no_start_for_a_new_run(bagel: Path, tmp_path: Path) -> None:
     train(load_config((), run_settings(bagel, tmp_path / "a", **LORA, total_steps=1)))
     checkpoint = tmp_path / "a" / "checkpoints" / "0000001"

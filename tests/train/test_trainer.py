@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from echo4o.checkpoint import folders, train_state
+from echo4o.checkpoint import folders, writer
 from echo4o.config import ConfigError
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.vae import AutoEncoder
@@ -211,14 +211,14 @@ def test_steps_that_are_not_finite_are_skipped_and_then_stop(
 def test_failing_periodic_save_warns_and_training_goes_on(
     bagel: Path, tmp_path: Path, async_save: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    create = train_state.create_file
+    create = writer.create_file
 
     def create_on_full_disk(path, layout):
         if path.parent.name == "0000004.partial" and path.name == "model.safetensors":
             raise OSError(28, "No space left on device")
         create(path, layout)
 
-    monkeypatch.setattr(train_state, "create_file", create_on_full_disk)
+    monkeypatch.setattr(writer, "create_file", create_on_full_disk)
     with caplog.at_level(logging.WARNING):
         train(run_config(bagel, tmp_path, total_steps=6, async_save=async_save))
     assert "0000004" in caplog.text and "No space left" in caplog.text and "training goes on" in caplog.text
@@ -230,7 +230,7 @@ def test_failing_last_save_is_an_error(bagel: Path, tmp_path: Path, monkeypatch:
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(train_state, "create_file", fail)
+    monkeypatch.setattr(writer, "create_file", fail)
     with pytest.raises(folders.CheckpointError, match="disk full"):
         train(run_config(bagel, tmp_path, total_steps=1))
 

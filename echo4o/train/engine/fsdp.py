@@ -36,6 +36,7 @@ class FSDPEngine(SingleProcessEngine):
         processes: one or more (one is of use with `cpu_offload`).
         strategy: one of `STRATEGIES`.
         num_replicate, num_shard: of the hybrid strategies; their product need not be the world size (`mesh_shape`).
+            None: upstream's 1 and 8.
         reduce_dtype: in which gradients are summed over ranks.
         backward_prefetch: ``NO_PREFETCH`` gathers a block's weights only when its backward pass begins.
         cpu_offload: weights, gradients and optimiser in host memory, a block at a time on the device.
@@ -48,8 +49,8 @@ class FSDPEngine(SingleProcessEngine):
         compute_dtype: torch.dtype,
         *,
         strategy: str = "FULL_SHARD",
-        num_replicate: int = 1,
-        num_shard: int = 8,
+        num_replicate: int | None = None,
+        num_shard: int | None = None,
         reduce_dtype: torch.dtype = torch.float32,
         backward_prefetch: str = "BACKWARD_PRE",
         cpu_offload: bool = False,
@@ -66,17 +67,17 @@ class FSDPEngine(SingleProcessEngine):
             self.notes.append("backward_prefetch BACKWARD_POST: FSDP2 prefetches before a block's gradients only")
         self.num_replicate, self.num_shard = self._mesh_shape(num_replicate, num_shard)
 
-    def _mesh_shape(self, num_replicate: int, num_shard: int) -> tuple[int, int]:
+    def _mesh_shape(self, num_replicate: int | None, num_shard: int | None) -> tuple[int, int]:
         world = self.world_size
         if self.strategy == "NO_SHARD":
             return world, 1
         if "HYBRID" not in self.strategy:
             return 1, world
-        shape = mesh_shape(world, num_replicate, num_shard)
-        if shape != (num_replicate, num_shard) and world > 1:
+        asked = (num_replicate or 1, num_shard or 8)
+        shape = mesh_shape(world, *asked)
+        if shape != asked and world > 1 and (num_replicate or num_shard):
             self.notes.append(
-                f"num_replicate {num_replicate} × num_shard {num_shard} is not {world} ranks: "
-                f"{shape[0]} × {shape[1]} is used"
+                f"num_replicate {asked[0]} × num_shard {asked[1]} is not {world} ranks: {shape[0]} × {shape[1]} is used"
             )
         return shape
 
