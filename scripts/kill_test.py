@@ -120,6 +120,7 @@ class Life:
     num_ranks: int
     logs: list[Path]
     processes: list[BaseProcess]
+    began: float
 
     @classmethod
     def start(cls, settings: dict[str, object], num_ranks: int, folder: Path, name: str) -> Life:
@@ -128,14 +129,13 @@ class Life:
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(settings))
         logs = [folder / f"{name}_rank_{rank}.log" for rank in range(num_ranks)]
-        port = free_port()
-        processes = []
+        port, began, processes = free_port(), time.time(), []
         for rank, log in enumerate(logs):
             log.touch()
             arguments = (settings, log, environment(rank, num_ranks, port))
             processes.append(multiprocessing.get_context("forkserver").Process(target=train_one_rank, args=arguments))
             processes[-1].start()
-        return cls(settings, num_ranks, logs, processes)
+        return cls(settings, num_ranks, logs, processes, began)
 
     def started(self) -> bool:
         """The first step is near."""
@@ -220,7 +220,7 @@ class KillTest:
             after = self._wait_for(kind, life)
             if life.ended():
                 raise Violation(f"kill {number}: the run ended before it was killed\n{life.tail()}")
-            where = self._where(kind)
+            where = self._where(kind, life)
             whom = "all" if self.rng.random() < 0.5 else self.rng.randrange(life.num_ranks)
             for rank, process in enumerate(life.processes):
                 if whom in ("all", rank):
@@ -252,23 +252,29 @@ class KillTest:
         started = time.monotonic()
         _wait_until(life.ended, self.rng.uniform(0, WINDOW))
         if kind in ("save", "publication"):
-            pattern = "*.partial" if kind == "save" else "*.partial/training.json"
-            _wait_until(lambda: any(self.checkpoints.glob(pattern)) or life.ended(), 20, interval=0.0005)
+            name = "" if kind == "save" else "training.json"
+            _wait_until(lambda: self._being_written(life, name) or life.ended(), 20, interval=0.0005)
             time.sleep(self.rng.uniform(0, 0.1 if kind == "save" else 0.03))
         return time.monotonic() - started
 
-    def _where(self, kind: str) -> str:
+    def _where(self, kind: str, life: Life) -> str:
         """In the middle of what the run is."""
         if kind == "start-up":
             return "start-up"
-        if any(self.checkpoints.glob("*.partial/complete")):
+        if self._being_written(life, "training.json"):
             return "a publication"
-        if any(self.checkpoints.glob("*.partial/*")):
+        if self._being_written(life):
             return "a save"
         newest = max(self.checkpoints.glob("[0-9]*"), key=lambda path: path.name, default=None)
         if newest is not None and newest.name > f"{self.newest:07d}" and time.time() - newest.stat().st_ctime < 0.05:
-            return "the tidying after a save"
+            return "tidying up after a save"
         return "training"
+
+    def _being_written(self, life: Life, name: str = "") -> bool:
+        """This life, not an earlier one that was killed, writes a checkpoint that holds file `name` already."""
+        with contextlib.suppress(FileNotFoundError):
+            return any(path.stat().st_ctime > life.began for path in self.checkpoints.glob(f"*.partial/{name}"))
+        return False
 
     def _remember(self, life: Life) -> None:
         self.ended_sessions |= {process.pid: time.monotonic() for process in life.processes}
