@@ -328,10 +328,13 @@ def _explained_out_of_memory(micro_batches: Sequence[PackedBatch]) -> Iterator[N
     """Forward, backward and the optimiser's first step may all be where memory ends; the longest pack decides."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not on_gpu and "can't allocate memory" not in str(error):
+            raise
         longest = max(micro_batches, key=lambda batch: batch.sequence_length)
         raise RunError(
-            f"out of GPU memory on a pack of {longest.sequence_length:,} tokens, {len(longest.sample_lens)} samples "
-            f"({', '.join(longest.sample_rows[:8])}). Lower --expected_num_tokens and --max_num_tokens, or pass "
-            "--activation_checkpointing full."
+            f"out of {'GPU' if on_gpu else 'host'} memory on a pack of {longest.sequence_length:,} tokens, "
+            f"{len(longest.sample_lens)} samples ({', '.join(longest.sample_rows[:8])}). Lower --expected_num_tokens "
+            "and --max_num_tokens, pass --activation_checkpointing full, or train less (--lora_rank, --freeze_und)."
         ) from error

@@ -253,16 +253,23 @@ def test_weights_that_are_not_finite_leave_no_checkpoint(
     assert folders.steps(tmp_path / "checkpoints") == [2]
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
-def test_out_of_gpu_memory_names_the_pack_and_the_remedy(
-    bagel: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("where", "error", "memory"),
+    [
+        ("forward", torch.OutOfMemoryError("CUDA out of memory"), "GPU"),
+        ("backward", torch.OutOfMemoryError("CUDA out of memory"), "GPU"),
+        ("backward", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "host"),
+    ],
+)
+def test_out_of_memory_names_the_pack_and_the_remedy(
+    bagel: Path, tmp_path: Path, where: str, error: Exception, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(self, *_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     target = trainer_module.Trainer if where == "forward" else SingleProcessEngine
     monkeypatch.setattr(target, where, exhausted)
-    with pytest.raises(RunError, match=r"on a pack of \d+ tokens.*--expected_num_tokens"):
+    with pytest.raises(RunError, match=rf"out of {memory} memory on a pack of \d+ tokens.*--expected_num_tokens"):
         train(run_config(bagel, tmp_path))
 
 
