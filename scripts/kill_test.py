@@ -230,8 +230,8 @@ class KillTest:
             self.longest_end = max(self.longest_end, time.monotonic() - killed)
             stack.callback(self._remember, life)
         reached = self._check_checkpoints()
-        self.counts[where] += 1
-        self.counts["all ranks" if whom == "all" else "one rank"] += 1
+        self.counts[f"in {where}"] += 1
+        self.counts["of all ranks" if whom == "all" else "of one rank"] += 1
         return (
             f"{life.num_ranks} rank{'s' * (life.num_ranks > 1)}, {life.settings['num_workers']} workers, "
             f"{'all ranks' if whom == 'all' else f'rank {whom}'} killed in {where} {after:.2f} s after "
