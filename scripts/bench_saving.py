@@ -31,13 +31,13 @@ def main() -> None:
     from echo4o.model import Bagel
     from echo4o.train.ema import EMA
     from echo4o.train.engine import SingleProcessEngine
-    from echo4o.train.optim import build_adamw, freeze
+    from echo4o.train.optim import build_optimizer, freeze
 
     torch.manual_seed(0)
     model = Bagel(config_of(options.gigabytes, 4))
     freeze(model)
     engine = SingleProcessEngine("cpu")
-    engine.prepare(model, lambda module: build_adamw(module, lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8))
+    engine.prepare(model, lambda module: build_optimizer(module, lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8))
     ema = EMA(engine.trained(), 0.99)
 
     def step() -> float:

@@ -7,7 +7,9 @@ adapters of the base that the config names. What else was trained lies beside th
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echo4o.checkpoint.folders import CheckpointError
+from echo4o.checkpoint.folders import CheckpointError, fingerprint
 from echo4o.checkpoint.inventory import ADAPTER
 from echo4o.checkpoint.names import ADAPTER_PREFIX, is_adapter
 from echo4o.checkpoint.pieces import whole
@@ -25,9 +27,13 @@ from echo4o.checkpoint.train_state import weights_of
 from echo4o.checkpoint.weights import write_text
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.config import SCALAR_FILES
-from echo4o.model.pretrained import WEIGHTS, find_weights
+from echo4o.model.pretrained import WEIGHTS, find_weights, shard_files
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
+#: Of a weights file's data, for its fingerprint.
+_NUM_SAMPLES, _SAMPLE_BYTES = 64, 4096
 #: Any one of them makes a folder's tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 #: Options of peft that change what an adapter computes, and the values under which it is plain LoRA.
@@ -50,6 +56,7 @@ class AdapterConfig:
         rank, alpha: the update of a weight is alpha / rank · B A.
         target_modules: names of the adapted layers.
         base_weights: which of the base's weights, ``ema`` or ``model`` (a key of ours; None: EMA where there is one).
+        base_fingerprint: of these weights (`weights_fingerprint`; a key of ours; None: not known).
     """
 
     base: str
@@ -58,6 +65,7 @@ class AdapterConfig:
     dropout: float
     target_modules: tuple[str, ...]
     base_weights: str | None = None
+    base_fingerprint: str | None = None
 
     @property
     def scale(self) -> float:
@@ -101,6 +109,7 @@ def write_adapter_config(folder: str | Path, config: AdapterConfig) -> None:
         "task_type": None,
         "base_model_name_or_path": config.base,
         "base_weights": config.base_weights,
+        "base_fingerprint": config.base_fingerprint,
         "r": config.rank,
         "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
         "lora_dropout": config.dropout,
@@ -129,6 +138,7 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
             dropout=float(content.get("lora_dropout", 0.0)),
             target_modules=(targets,) if isinstance(targets, str) else tuple(targets),
             base_weights=content.get("base_weights"),
+            base_fingerprint=content.get("base_fingerprint"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -252,6 +262,14 @@ class MergedWeights:
         self.adapter = _read(folder, self.kind)
         self.base = base_folder(folder, self.adapter.config, base)
         self.base_path = _base_weights(self.base, self.adapter.config)
+        if not is_same_base(self.base_path, self.adapter.config):
+            # The same numbers in another dtype or other shards are fine; nobody but the user can tell.
+            logger.warning(
+                "%s is not the file that the adapters in %s were trained on: unless it holds the same weights in "
+                "another form, the result is wrong",
+                self.base_path,
+                folder,
+            )
         self.config = _model_config(folder, self.base)
         with torch.device("meta"):
             self.model = Bagel(self.config)  # names and shapes; `load_bagel` gives it values
@@ -320,6 +338,25 @@ def _base_weights(base: Path, config: AdapterConfig) -> Path:
             f"{base} has no {wanted} (nor a sharded index of it), which the adapters were trained on; pass another base"
         )
     return path
+
+
+def weights_fingerprint(path: str | Path) -> str:
+    """A name for the content of weights that costs next to nothing to find: a hash of all headers and of pieces of the
+    data, spread evenly over every file."""
+    digest = hashlib.sha256()
+    for file in shard_files(Path(path)):
+        size = file.stat().st_size
+        digest.update(f"{size}".encode() + (fingerprint(file) or "").encode())
+        with open(file, "rb") as data:
+            for number in range(_NUM_SAMPLES):
+                data.seek(number * max(0, size - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
+                digest.update(data.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def is_same_base(path: Path, config: AdapterConfig) -> bool:
+    """Whether `path` is the file that adapters were trained on, as far as is known."""
+    return config.base_fingerprint in (None, weights_fingerprint(path))
 
 
 def _model_config(folder: Path, base: Path) -> BagelConfig:

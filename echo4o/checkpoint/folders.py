@@ -7,13 +7,18 @@ ones, its hash. It is written under a temporary name and renamed, so that a kill
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+import socket
 import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 MARKER = "complete"
 LATEST = "latest"
+LOCK = ".lock"
+#: Seconds that a run waits for another to leave its folder: a restarted one for its predecessor.
+LOCK_PATIENCE = 20.0
 FORMAT = 2
 _STEP_NAME = re.compile(r"\d{7,}")
 _REMAINS = re.compile(r"\d{7,}\.(partial|replaced)")
@@ -34,6 +42,38 @@ class CheckpointError(RuntimeError):
 
 def step_folder(checkpoint_dir: str | Path, step: int) -> Path:
     return Path(checkpoint_dir) / f"{step:07d}"
+
+
+@contextlib.contextmanager
+def claimed(checkpoint_dir: str | Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
+    """Keep other runs out of a folder of checkpoints: two would remove and replace each other's. The claim ends with
+    the process, however it ends. File systems without locks do without it.
+
+    Raises:
+        CheckpointError: if another run has it for longer than `patience` seconds.
+    """
+    path = Path(checkpoint_dir) / LOCK
+    with open(path, "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    file.seek(0)
+                    raise CheckpointError(
+                        f"another run ({file.read().strip() or 'unknown'}) writes into {checkpoint_dir}: wait for its "
+                        "end, stop it, or choose another --checkpoint_dir"
+                    ) from error
+                time.sleep(0.2)
+            except OSError as error:
+                logger.debug("%s cannot be locked: %s", path, error)
+                break
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 # ---------------------------------------------------------------- publish
@@ -86,6 +126,10 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync folders.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
 

@@ -71,6 +71,8 @@ def create_file(path: Path, layout: FileLayout) -> None:
         file.write(layout.header)
         file.flush()
         os.ftruncate(file.fileno(), layout.num_bytes)
+        if not hasattr(os, "posix_fallocate"):
+            return
         try:
             os.posix_fallocate(file.fileno(), 0, layout.num_bytes)
         except OSError as error:

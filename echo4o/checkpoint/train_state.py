@@ -33,7 +33,7 @@ from echo4o.checkpoint.names import ADAPTER_PREFIX
 from echo4o.checkpoint.pieces import Piece
 from echo4o.checkpoint.rng import set_rng_state
 from echo4o.checkpoint.slices import WeightsReader
-from echo4o.checkpoint.writer import first_line
+from echo4o.checkpoint.writer import first_line, rank_file
 
 if TYPE_CHECKING:
     from echo4o.train.ema import EMA
@@ -82,7 +82,7 @@ def read_rank(folder: str | Path, rank: int) -> dict[str, Any]:
     Raises:
         CheckpointError: if there was no such rank.
     """
-    path = Path(folder) / "ranks" / f"{rank:05d}.json"
+    path = Path(folder) / rank_file(rank)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import shutil
 import threading
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from echo4o.train.ema import EMA
     from echo4o.train.engine import Engine
 
-_FAILURES = (OSError, RuntimeError, ValueError)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -106,6 +108,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._saved: Saved | None = None
         self._inventory = Inventory.of(engine)
+        self._broken = False
 
     # ------------------------------------------------------------ from the training loop
 
@@ -119,6 +122,8 @@ class CheckpointWriter:
             CheckpointError: with `wait` or without `asynchronous`, if it cannot be written.
         """
         before = self.wait()
+        if self._broken:
+            raise CheckpointError("an exchange between the ranks failed during an earlier save: no further one is safe")
         started = time.perf_counter()
         aside = self.asynchronous and not wait
         snapshot = self._snapshot(progress, started, copy=aside)
@@ -208,12 +213,13 @@ class CheckpointWriter:
             if self._processes.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
         except Exception as failure:  # another process died: the training loop hears of it as well
+            self._broken = True
             error = CheckpointError(f"cannot write {folder}: {first_line(failure)}")
         seconds = time.perf_counter() - snapshot.started
         self._saved = Saved(folder, seconds, snapshot.stalled, error)
 
     def _together(self, work: Callable[[], Any], folder: Path) -> list[Any]:
-        """`work` on every rank; its results, by rank.
+        """`work` on every rank; its results, by rank. Whatever happens in it, every rank takes part in the exchange.
 
         Raises:
             CheckpointError: on every rank, if it failed on any.
@@ -221,11 +227,12 @@ class CheckpointWriter:
         result, failure = None, None
         try:
             result = work()
-        except _FAILURES as error:
+        except Exception as error:
+            logger.debug("save failed on this rank", exc_info=True)
             where = (
                 f" (rank {self._processes.rank} on {self._processes.host})" if self._processes.world_size > 1 else ""
             )
-            failure = f"{first_line(error)}{where}"
+            failure = f"{first_line(error)}{where}{_remedy(error)}"
         outcomes = self._processes.gather((result, failure))
         if failed := next((failure for _, failure in outcomes if failure is not None), None):
             raise CheckpointError(f"cannot write {folder}: {failed}")
@@ -255,14 +262,14 @@ class CheckpointWriter:
             if not (partial / file).exists():
                 raise OSError(
                     f"{partial / file}, which rank 0 has made, is not here: checkpoint_dir must lie on a file system "
-                    "that all machines share"
+                    "that all machines share, and no other run may write into it"
                 )
             with SharedFile(partial / file, snapshot.layouts[file]) as shared:
                 for name, piece in content.items():
                     shared.write(name, piece.start, piece.values.cpu())
                     if threading.current_thread() is threading.main_thread():
                         self._on_progress()
-        write_text(partial / "ranks" / f"{self._processes.rank:05d}.json", json.dumps(snapshot.rank))
+        write_text(partial / rank_file(self._processes.rank), json.dumps(snapshot.rank))
 
     def _require_finite(self, snapshot: _Snapshot) -> None:
         """A checkpoint whose weights are not numbers would be taken for the newest good one."""
@@ -278,6 +285,8 @@ class CheckpointWriter:
     def _complete(self, partial: Path, folder: Path, snapshot: _Snapshot) -> None:
         if self._processes.rank:
             return
+        if missing := [r for r in range(self._processes.world_size) if not (partial / rank_file(r)).is_file()]:
+            raise OSError(f"the files of ranks {missing[:8]} are not there")
         write_text(partial / TRAINING, json.dumps(snapshot.training))
         for name, text in self._inventory.indexes(snapshot.tensors).items():
             write_text(partial / name, text)
@@ -316,6 +325,19 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def rank_file(rank: int) -> str:
+    """What a rank saved for itself, below the checkpoint's folder."""
+    return f"ranks/{rank:05d}.json"
+
+
+def _remedy(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ". Make room there or lower --keep_last_n; earlier checkpoints are untouched"
+    if isinstance(error, OSError):
+        return ". Earlier checkpoints are untouched; continue with --auto_resume True"
+    return ""
 
 
 def first_line(error: BaseException) -> str:

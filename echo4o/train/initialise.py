@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from echo4o.checkpoint.adapters import AdapterConfig, is_adapter_folder, read_adapter_config
+from echo4o.checkpoint.adapters import AdapterConfig, is_adapter_folder, is_same_base, read_adapter_config
 from echo4o.checkpoint.slices import LayeredReader, WeightsReader
 from echo4o.checkpoint.train_state import weights_of
 from echo4o.checkpoint.weights import load_llm_part, load_vit_part
@@ -118,7 +118,12 @@ def _base_file(base: AdapterConfig, folder: Path, config: RunConfig) -> Path:
     stated = config.training.init_from
     for candidate in (base.base, stated):
         if candidate and Path(candidate).is_dir() and (path := find_weights(candidate, base.base_weights)) is not None:
-            return path
+            if is_same_base(path, base):
+                return path
+            raise ConfigError(
+                f"{path} is not the file that the adapters in {folder} were trained on: it has changed, or is another "
+                "model. Restore it, or say where the right one is: --init_from FOLDER beside --auto_resume True."
+            )
     raise ConfigError(
         f"{folder} holds LoRA adapters of {base.base}, which is not there any more. Say where it is now: --init_from "
         "FOLDER beside --auto_resume True."

@@ -14,7 +14,6 @@ from echo4o.config import ConfigError
 from echo4o.train.selection import freeze, nothing_matches, selector, trainable_parameters
 
 __all__ = [
-    "build_adamw",
     "build_optimizer",
     "freeze",
     "lr_schedule",
@@ -53,9 +52,6 @@ def build_optimizer(
         return _adamw_8bit()(groups, **options)
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
     return torch.optim.AdamW(groups, **options, fused=fused)
-
-
-build_adamw = build_optimizer
 
 
 def parameter_groups(

@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from echo4o.checkpoint.adapters import AdapterConfig
+from echo4o.checkpoint.adapters import AdapterConfig, weights_fingerprint
 from echo4o.checkpoint.slices import LayeredReader, WeightsReader
 from echo4o.config import ConfigError, LoadPlan, RunConfig
 from echo4o.config.lists import split_names, split_rates
 from echo4o.data.tokenizer import SpecialTokens, Tokenizer
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.attention import KernelError
+from echo4o.model.pretrained import find_weights
 from echo4o.model.vae import AutoEncoder
 from echo4o.train.ema import EMA
 from echo4o.train.engine import Engine
@@ -98,6 +99,7 @@ def adapter_config(
         dropout=training.lora_dropout,
         target_modules=tuple(adapted),
         base_weights=initial.base_file.name.partition(".")[0],
+        base_fingerprint=weights_fingerprint(initial.base_file),
     )
 
 
@@ -183,13 +185,22 @@ def start_average(ema: EMA, plan: LoadPlan, initial: InitialModel) -> None:
     path = initial.weights_file
     if plan.resume_from or path is None or not path.name.startswith("model."):
         return
-    beside = path.with_name(path.name.replace("model.", "ema.", 1))
-    if beside.exists():
+    beside = find_weights(path.parent, "ema")
+    if beside is None:
+        return
+    pieces = ema.pieces()
+    try:
         reader = LayeredReader([WeightsReader(beside)], initial.reader.aliases if initial.reader else {})
-        for name, piece in ema.pieces().items():
-            if (found := reader.find(name)) is not None:
-                found[0].fill(found[1], piece)
-        ema.continue_average()
-        logger.info("EMA starts from %s", beside)
-        if ema.bias_correction:
-            logger.warning("ema_bias_correction: no effect, the average loaded from %s is continued", beside)
+        found = {name: place for name in pieces if (place := reader.find(name)) is not None}
+        for name, (file, known) in found.items():
+            file.fill(known, pieces[name])
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the average beside {path} cannot be read: {error}") from error
+    if not found:  # adapters, say: their average starts where they do
+        return
+    if len(found) < len(pieces):
+        logger.warning("%s lacks %d of the %d averages", beside, len(pieces) - len(found), len(pieces))
+    ema.continue_average()
+    logger.info("EMA starts from %s", beside)
+    if ema.bias_correction:
+        logger.warning("ema_bias_correction: no effect, the average loaded from %s is continued", beside)

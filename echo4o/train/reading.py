@@ -150,8 +150,8 @@ def cast_frozen(model: Bagel, file_dtypes: Mapping[str, torch.dtype], setting: s
 
     Args:
         file_dtypes: of the weights file; names it lacks stay as they are.
-        setting: ``auto`` (as in the file), ``float32`` or ``bfloat16``. Where products are computed in float32, frozen
-            weights are float32 as well.
+        setting: ``auto`` (as in the file; others than these two become the compute dtype), ``float32`` or
+            ``bfloat16``. Where products are computed in float32, frozen weights are float32 as well.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -160,6 +160,7 @@ def cast_frozen(model: Bagel, file_dtypes: Mapping[str, torch.dtype], setting: s
             dtype = torch.float32
         elif setting == "auto":
             dtype = file_dtypes.get(public_name(name), parameter.dtype)
+            dtype = dtype if dtype in (torch.float32, torch.bfloat16) else compute_dtype
         else:
             dtype = getattr(torch, setting)
         parameter.data = parameter.data.to(dtype)

@@ -142,7 +142,6 @@ def set_up(config: RunConfig, processes: Processes, device: torch.device, livene
     training = config.training
     for note in validate(config, processes.world_size):
         logger.warning(note)
-    require_writable("checkpoint_dir", training.checkpoint_dir)
     newest = str(folders.latest(training.checkpoint_dir) or "") if training.auto_resume and not processes.rank else ""
     plan = plan_loading(config, processes.broadcast(newest) or None)
     packs_per_rank, pack_note = _packs_per_rank(plan, config, processes)

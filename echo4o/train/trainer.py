@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from echo4o.checkpoint.folders import CheckpointError, step_folder
+from echo4o.checkpoint.folders import CheckpointError, claimed, step_folder
 from echo4o.checkpoint.writer import Progress, Saved
 from echo4o.config import RunConfig
 from echo4o.packed import PackedBatch
@@ -35,8 +35,9 @@ from echo4o.train.stopping import StopRequest, write_stop_marker
 
 logger = logging.getLogger(__name__)
 
-#: Ranks are compared once the slowest spends more than this share of the time on making packs.
-SLOW_DATA_SHARE = 0.1
+#: Ranks are compared once the slowest spends more than this share of the time, and more than these seconds between two
+#: log lines, on making packs.
+SLOW_DATA_SHARE, SLOW_DATA_SECONDS = 0.1, 2.0
 
 
 class RunError(RuntimeError):
@@ -71,7 +72,9 @@ def train(config: RunConfig) -> None:
             )
             # The stop request outermost: torchrun signals all ranks once one has died, and the message comes first.
             stop = StopRequest(training.stop_grace, liveness.end)
-            with stop, liveness, reporting_failures(processes, liveness):
+            alone = contextlib.nullcontext() if processes.rank else claimed(training.checkpoint_dir)
+            require_writable("checkpoint_dir", training.checkpoint_dir)
+            with stop, liveness, reporting_failures(processes, liveness), alone:
                 run = set_up(config, processes, device, liveness)
                 console = ConsoleProgress(run.total_steps, run.step, enabled=run.engine.rank == 0)
                 with contextlib.closing(run), console, reporting_failures(processes, liveness):
@@ -237,7 +240,7 @@ class Trainer:
         own = (self.breakdown.state_dict(), run.loader_counters(), self.work_seconds, run.engine.processes.host)
         breakdowns, counters, seconds, hosts = zip(*run.engine.gather(own), strict=True)
         self.breakdown.merge(breakdowns)
-        if max(seconds) > SLOW_DATA_SHARE * run.throughput.seconds:
+        if max(seconds) > max(SLOW_DATA_SECONDS, SLOW_DATA_SHARE * run.throughput.seconds):
             for who in stragglers(seconds, hosts):
                 logger.warning("%s to make its packs; the other ranks wait for it", who)
         self.work_seconds = 0.0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import resource
+import stat
 import threading
 import warnings
 from pathlib import Path
@@ -24,7 +27,7 @@ from echo4o.model import Bagel
 from echo4o.train.ema import EMA
 from echo4o.train.engine import SingleProcessEngine
 from echo4o.train.losses import StepTotals, micro_loss
-from echo4o.train.optim import build_adamw, freeze, trainable_parameters
+from echo4o.train.optim import build_optimizer, freeze, trainable_parameters
 from tests.model.reference import Reference
 
 
@@ -37,7 +40,7 @@ class Training:
         model = Bagel.from_pretrained(folder)
         freeze(model, freeze_vit=freeze_vit)
         self.model = self.engine.prepare(
-            model, lambda module: build_adamw(module, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-15)
+            model, lambda module: build_optimizer(module, lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-15)
         )
         self.ema = EMA(trainable_parameters(model), 0.9)
         self.losses: list[float] = []
@@ -337,3 +340,35 @@ def test_later_checkpoints_are_set_aside_for_a_run_that_starts_before_them(parit
     assert folders.steps(tmp_path) == [2] and folders.steps(moved) == [4, 6]
     training.save(tmp_path, step=3)
     assert folders.set_aside_later(tmp_path, 0) == tmp_path / "earlier_run_2"
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path: Path) -> None:
+    message = rf"another run \(process {os.getpid()} on .*--checkpoint_dir"
+    with folders.claimed(tmp_path), pytest.raises(CheckpointError, match=message):
+        with folders.claimed(tmp_path, patience=0.3):
+            pytest.fail("two runs in one folder")
+    with folders.claimed(tmp_path, patience=0.0):
+        pass  # the claim ended with the first
+
+
+def test_folders_that_cannot_be_synced_are_no_obstacle(
+    parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def fsync_of_files(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_of_files)
+    assert folders.is_complete(Training(parity / "multiref").save(tmp_path))
+
+
+def test_full_disk_names_the_remedy(parity: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, layout: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving, "create_file", full)
+    with pytest.raises(CheckpointError, match="No space left.*--keep_last_n"):
+        Training(parity / "multiref").save(tmp_path)

@@ -108,6 +108,35 @@ def test_other_adapters_are_another_run(bagel: Path, tmp_path: Path, changes: di
         train(load_config((), settings | changes))
 
 
+def test_a_base_that_changed_is_refused(bagel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = write_bagel(tmp_path / "base")
+    settings = run_settings(base, tmp_path / "out", **LORA, auto_resume=True)
+    train(load_config((), settings | {"total_steps": 2}))
+    model = Bagel.from_pretrained(base)
+    with torch.no_grad():
+        model.language_model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    write_weights(model.state_dict(), base, "model")
+    with pytest.raises(ConfigError, match="is not the file that the adapters in .* were trained on.*--init_from"):
+        train(load_config((), settings))
+    load_bagel(tmp_path / "out" / "checkpoints" / "latest")
+    assert "is not the file that the adapters" in caplog.text
+
+
+def test_an_average_without_adapters_is_none_to_continue(bagel: Path, tmp_path: Path) -> None:
+    base = write_bagel(tmp_path / "base")
+    write_weights(Bagel.from_pretrained(bagel).state_dict(), base, "ema")
+    settings = LORA | {"init_weights": "model", "ema_bias_correction": True, "total_steps": 2}
+    train(load_config((), run_settings(base, tmp_path / "out", **settings)))
+    training = json.loads((tmp_path / "out" / "checkpoints" / "0000002" / "training.json").read_text())
+    assert training["ema_num_updates"] == 2
+
+
+def test_half_precision_base(bagel: Path, tmp_path: Path) -> None:
+    base = write_bagel(tmp_path / "base")
+    write_weights(Bagel.from_pretrained(bagel, dtype="float16").state_dict(), base, "model")
+    train(load_config((), run_settings(base, tmp_path / "out", **LORA, dtype="bfloat16", total_steps=1)))
+
+
 def test_adapters_are_no_start_for_a_new_run(bagel: Path, tmp_path: Path) -> None:
     train(load_config((), run_settings(bagel, tmp_path / "a", **LORA, total_steps=1)))
     checkpoint = tmp_path / "a" / "checkpoints" / "0000001"

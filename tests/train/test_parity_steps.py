@@ -11,7 +11,7 @@ from echo4o.model import Bagel
 from echo4o.train.ema import EMA
 from echo4o.train.engine import SingleProcessEngine
 from echo4o.train.losses import StepTotals, micro_loss
-from echo4o.train.optim import build_adamw, freeze, trainable_parameters
+from echo4o.train.optim import build_optimizer, freeze, trainable_parameters
 from tests.model.reference import ALL_CASES, Reference
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "parity"
@@ -28,7 +28,7 @@ def _train_three_steps(case: str):
     engine = SingleProcessEngine("cpu")
     engine.prepare(
         model,
-        lambda module: build_adamw(
+        lambda module: build_optimizer(
             module,
             lr=settings["lr"],
             beta1=settings["betas"][0],

@@ -145,9 +145,9 @@ def test_kill_in_a_save_leaves_the_previous_checkpoint_usable(tmp_path: Path) ->
     killed = start(settings | {"kill_in_save": 4}, tmp_path, "killed")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     checkpoints = tmp_path / "out" / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002", "0000004.partial", "latest"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [".lock", "0000002", "0000004.partial", "latest"]
     assert folders.latest(checkpoints) == checkpoints / "0000002"
     train(load_config((), settings))
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["0000002", "0000004", "0000006", "latest"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [".lock", "0000002", "0000004", "0000006", "latest"]
     train(load_config((), run_settings(bagel, tmp_path / "whole", total_steps=6)))
     assert_same_run(tmp_path / "whole", tmp_path / "out", steps=6)

@@ -56,7 +56,7 @@ def test_run_leaves_everything(bagel: Path, tmp_path: Path, capsys: pytest.Captu
         assert words in text
 
     checkpoint = folders.latest(out / "checkpoints")
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["0000004", "latest"]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [".lock", "0000004", "latest"]
     trained = Bagel.from_pretrained(checkpoint, weights="model").state_dict()
     start = Bagel.from_pretrained(bagel).state_dict()
     assert not torch.equal(trained["llm2vae.weight"], start["llm2vae.weight"])

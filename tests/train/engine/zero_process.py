@@ -26,7 +26,7 @@ from echo4o.model import Bagel, bagel
 from echo4o.packed import PackedBatch
 from echo4o.train.engine.single import SLOTS
 from echo4o.train.losses import StepTotals, micro_loss
-from echo4o.train.optim import build_adamw, freeze
+from echo4o.train.optim import build_optimizer, freeze
 from tests.train.tiny_run import tiny_config
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -192,7 +192,7 @@ def tiny_model(tied: bool, weights: Mapping[str, Tensor] | None) -> Bagel:
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
-    return build_adamw(model, lr=0.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+    return build_optimizer(model, lr=0.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
 
 def loss_of(model: nn.Module, pack: tuple[PackedBatch, Tensor, Tensor], totals: StepTotals) -> Tensor:
