@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,9 @@ from echo4o.data.workers import GRACE, SHORT_GRACE, close_at_exit, end_workers
 from echo4o.packed import PackedBatch
 
 logger = logging.getLogger(__name__)
+
+#: Under a fork server torch's workers do not notice that their training process was killed.
+_START_METHOD = "fork" if sys.platform.startswith("linux") else None
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ class PackedLoader:
         in_workers = {
             "prefetch_factor": config.prefetch_factor,
             "timeout": config.worker_timeout,
-            "multiprocessing_context": config.start_method,
+            "multiprocessing_context": config.start_method or _START_METHOD,
         }
         return iter(
             DataLoader(

@@ -117,6 +117,16 @@ def test_stop_signal_to_the_process_group_saves_and_exits_cleanly(tmp_path: Path
     assert_same_run(tmp_path / "whole", tmp_path / "out", steps=6)
 
 
+def test_resumed_run_saves_on_once_the_checkpoint_it_went_on_from_is_removed(tmp_path: Path) -> None:
+    bagel = write_bagel(tmp_path / "bagel")
+    settings = run_settings(bagel, tmp_path / "out", total_steps=1, save_every=1, keep_last_n=1, auto_resume=True)
+    train(load_config((), settings))
+    train(load_config((), settings | {"total_steps": 4}))
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert folders.steps(checkpoints) == [4]
+    assert (checkpoints / "0000004" / "ae.safetensors").read_bytes() == (bagel / "ae.safetensors").read_bytes()
+
+
 def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
     from echo4o.train.stopping import StopRequest
 
