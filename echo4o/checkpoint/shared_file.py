@@ -94,7 +94,7 @@ class SharedFile:
             OSError: if the disk is full or gone.
         """
         offset = self._layout.begins[name] + start * values.element_size()
-        buffer = memoryview(values.view(torch.uint8).numpy())
+        buffer = memoryview(values.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
         while buffer:
             written = os.pwrite(self._descriptor, buffer[:_CHUNK_BYTES], offset)
             offset, buffer = offset + written, buffer[written:]

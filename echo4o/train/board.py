@@ -43,7 +43,7 @@ class Board:
 
     def __init__(
         self,
-        connect: Callable[[], dist.Store],
+        connect: Callable[[], dist.Store],  # pyright: ignore[reportPrivateImportUsage]
         rank: int,
         world_size: int,
         *,
@@ -59,7 +59,7 @@ class Board:
         self._connect, self._beat, self._silent = connect, beat, silent
         self._rank, self._world_size = rank, world_size
         self._interval, self._dead_rank_timeout = interval, dead_rank_timeout
-        self._store: dist.Store | None = None
+        self._store: dist.Store | None = None  # pyright: ignore[reportPrivateImportUsage]
         self._proposal: Failure | None = None
         self._looking_around = self._told = False
         self._unchanged: dict[int, Unchanged] = {}
@@ -140,7 +140,7 @@ class Board:
             self.heard.set()
         self._told = True
 
-    def _watch(self, store: dist.Store, ranks: Iterable[int], patience: float) -> None:
+    def _watch(self, store: dist.Store, ranks: Iterable[int], patience: float) -> None:  # pyright: ignore[reportPrivateImportUsage]
         ranks = list(ranks)
         texts = store.multi_get([f"beat/{rank}" for rank in ranks])
         beats = {rank: Beat.from_json(text) for rank, text in zip(ranks, texts, strict=True)}

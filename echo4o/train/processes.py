@@ -98,7 +98,7 @@ class Processes:
         if self.world_size == 1 and "MASTER_ADDR" not in os.environ:
             # Alone, nobody has to be met: a file serves, and no port is taken.
             self._rendezvous = Path(tempfile.mkdtemp(prefix="echo4o-"))
-            options |= {"store": dist.FileStore(str(self._rendezvous / "store"), 1), "rank": 0, "world_size": 1}
+            options |= {"store": dist.FileStore(str(self._rendezvous / "store"), 1), "rank": 0, "world_size": 1}  # pyright: ignore[reportPrivateImportUsage]
         try:
             if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
                 options |= {"store": self._store_of_this_start(), "rank": self.rank, "world_size": self.world_size}
@@ -119,16 +119,16 @@ class Processes:
             dist.destroy_process_group()
             self.group, self._started = None, False
 
-    def connect_store(self, key: str) -> dist.Store:
+    def connect_store(self, key: str) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
         """A connection of its own to the store of the rendezvous, for one thread; names in it begin with `key`."""
-        store = dist.distributed_c10d._get_default_store().clone()
+        store = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]
         store.set_timeout(timedelta(seconds=STORE_TIMEOUT))
-        return dist.PrefixStore(key, store)
+        return dist.PrefixStore(key, store)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _store_of_this_start(self) -> dist.Store:
+    def _store_of_this_start(self) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, self.world_size, False, timedelta(seconds=self.timeout))
-        return dist.PrefixStore(agree_on_start(store, self.rank, self.world_size, self.timeout), store)
+        store = dist.TCPStore(address, port, self.world_size, False, timedelta(seconds=self.timeout))  # pyright: ignore[reportPrivateImportUsage]
+        return dist.PrefixStore(agree_on_start(store, self.rank, self.world_size, self.timeout), store)  # pyright: ignore[reportPrivateImportUsage]
 
     # ------------------------------------------------------------ exchanges
 

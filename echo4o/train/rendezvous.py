@@ -19,7 +19,7 @@ CURRENT = "echo4o/start"
 SHORTEST_WAIT, LONGEST_WAIT = 0.05, 1.0
 
 
-def agree_on_start(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:
+def agree_on_start(store: dist.Store, rank: int, world_size: int, timeout: float) -> str:  # pyright: ignore[reportPrivateImportUsage]
     """A name that is the same on all ranks of this start, and on none of another.
 
     Rank 0 makes up a name, and confirms it with what every rank has made up for itself: so nobody takes an earlier

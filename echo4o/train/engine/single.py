@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from echo4o.checkpoint.names import public_name
 from echo4o.checkpoint.pieces import Piece, piece_of
@@ -145,11 +146,9 @@ class SingleProcessEngine:
             return slot
         copy = _local(slot).dequantize().float().contiguous()
         self._quantised[key] = (slot, copy)
-        if slot is _local(slot):
+        if not isinstance(slot, DTensor):
             return copy
-        return torch.distributed.tensor.DTensor.from_local(
-            copy, slot.device_mesh, slot.placements, shape=slot.shape, stride=slot.stride()
-        )
+        return DTensor.from_local(copy, slot.device_mesh, slot.placements, shape=slot.shape, stride=slot.stride())
 
     def optimizer_steps(self) -> dict[str, int]:
         state = self.optimizer.state
@@ -242,8 +241,8 @@ def _fresh_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> d
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if isinstance(norm, torch.distributed.tensor.DTensor) else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
