@@ -28,7 +28,6 @@ USER_ERRORS = (
     "NonFiniteError",
     "KernelError",
     "RunError",
-    "EngineError",
     "RendezvousError",
 )
 

@@ -26,6 +26,8 @@ from tests.train.engine.zero_process import SCENARIOS, plain_steps, run_zero, ti
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="an extra")
 # Attention does not depend on this bias: its gradient is rounding noise, which AdamW enlarges to whole updates.
 NOISE = "k_proj.bias"
+#: A hundredth of one update: what rounding leaves of gradients that nearly vanish.
+UPDATE_NOISE = 1e-4
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +73,7 @@ def assert_tensors_equal(found: dict[str, Tensor], expected: dict[str, Tensor], 
 def test_losses_norms_and_weights_equal_one_process(name: str, on_two_ranks, plain) -> None:
     found = on_two_ranks[name]
     assert_steps_equal(found, plain, SCENARIOS[name].first)
-    assert_tensors_equal(found["weights"], plain["weights"], atol=1e-5)
+    assert_tensors_equal(found["weights"], plain["weights"], atol=UPDATE_NOISE)
 
 
 @needs_deepspeed
@@ -98,7 +100,7 @@ def test_optimizer_slots_and_step_counts_equal_one_process(name: str, on_two_ran
     state = on_two_ranks[name]["state"]
     assert state["steps"] == plain["state"]["steps"]
     assert_tensors_equal(state["slots"], plain["state"]["slots"], atol=1e-6)
-    assert_tensors_equal(state["trained"], plain["state"]["trained"], atol=1e-5)
+    assert_tensors_equal(state["trained"], plain["state"]["trained"], atol=UPDATE_NOISE)
 
 
 @needs_deepspeed
@@ -111,7 +113,7 @@ def test_stage_3_gives_all_weights_back(on_two_ranks) -> None:
 def test_the_state_of_two_ranks_with_stage_2_goes_on_in_one_with_stage_3(folder, on_two_ranks, plain) -> None:
     found = run_zero(folder, ["zero3_from_zero2"], world_size=1)["zero3_from_zero2"]
     assert_steps_equal(found, plain, first=2)
-    assert_tensors_equal(found["weights"], plain["weights"], atol=1e-5)
+    assert_tensors_equal(found["weights"], plain["weights"], atol=UPDATE_NOISE)
     assert found["eval_loss"] == pytest.approx(on_two_ranks["zero3"]["eval_loss"], rel=1e-5)
 
 
@@ -136,7 +138,7 @@ def test_every_way_equals_one_process(row: str, folder, on_two_ranks, plain) -> 
     world_size, names = MATRIX[row]
     for name, found in run_zero(folder, names, world_size).items():
         assert_steps_equal(found, plain, SCENARIOS[name].first)
-        assert_tensors_equal(found["weights"], plain["weights"], atol=1e-5)
+        assert_tensors_equal(found["weights"], plain["weights"], atol=UPDATE_NOISE)
         assert found["same_storage"], name
 
 
@@ -146,7 +148,7 @@ def test_tied_word_embeddings(folder) -> None:
     expected = plain_steps(tied=True)
     for found in run_zero(folder, ["zero1_tied", "zero2_tied", "zero3_tied"], world_size=2).values():
         assert_steps_equal(found, expected)
-        assert_tensors_equal(found["weights"], expected["weights"], atol=1e-5)
+        assert_tensors_equal(found["weights"], expected["weights"], atol=UPDATE_NOISE)
 
 
 @needs_deepspeed

@@ -212,6 +212,15 @@ def totals_of(packs: list[tuple[PackedBatch, Tensor, Tensor]]) -> StepTotals:
 
 def plain_steps(num_steps: int = 3, tied: bool = False) -> dict[str, Any]:
     """All packs of each step in one process: losses, norms, weights, and the state after two of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes: their number changes the last bits
+    try:
+        return _plain_steps(num_steps, tied)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _plain_steps(num_steps: int, tied: bool) -> dict[str, Any]:
     model = tiny_model(tied, tiny_weights(tied))
     optimizer = adamw(model)
     losses, norms, short = [], [], None
