@@ -31,7 +31,7 @@ from echo4o.train.memory import (
     size_text,
 )
 from echo4o.train.optim import build_optimizer
-from echo4o.train.reading import cast_frozen, check_weights, reading
+from echo4o.train.reading import check_weights, reading
 from echo4o.train.selection import choose_trainable
 
 logger = logging.getLogger(__name__)
@@ -106,8 +106,6 @@ def adapter_config(
 def memory_of_a_rank(engine: Engine, initial: InitialModel, config: RunConfig) -> MemoryEstimate:
     """What a rank will take; refused where the host clearly lacks memory, before anything is read."""
     training = config.training
-    dtypes = initial.reader.dtypes() if initial.reader is not None else {}
-    cast_frozen(initial.model, dtypes, training.frozen_dtype, engine.compute_dtype)
     shard, gathered = engine.sharding()
     memory = estimate_memory(
         initial.model,

@@ -49,6 +49,7 @@ from echo4o.train.placing import (
     start_average,
 )
 from echo4o.train.processes import Processes
+from echo4o.train.reading import cast_frozen
 from echo4o.train.row_log import RowLog
 from echo4o.train.stopping import remove_stop_marker
 from echo4o.train.throughput import Throughput, find_peak_tflops
@@ -161,6 +162,8 @@ def set_up(config: RunConfig, processes: Processes, device: torch.device, livene
     apply_activation_checkpointing(model, training.activation_checkpointing, training.lora_dropout > 0)
     if training.compile:
         compile_blocks(model)
+    dtypes = initial.reader.dtypes() if initial.reader is not None else {}
+    cast_frozen(model, dtypes, training.frozen_dtype, engine.compute_dtype)
     memory = memory_of_a_rank(engine, initial, config)
     unexpected = place(engine, initial, config, liveness)
     ema = EMA(engine.trained(), training.ema, training.ema_bias_correction, training.ema_offload)
