@@ -44,7 +44,7 @@ done
 """
 STUB_SCONTROL = """#!/usr/bin/env bash
 echo "$@" >> "$STUB_OUT/scontrol"
-[[ $1 != show ]] || printf 'gpu-7\\ngpu-8\\n'
+[[ $1 != show ]] || { printf 'gpu-7\\ngpu-8\\n'; seq -f 'gpu-%g' 9 20000; }
 """
 
 
