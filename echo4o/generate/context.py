@@ -6,7 +6,7 @@ an image appends rows; a branch that starts with the same texts and images as an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,25 +90,36 @@ class Addition:
 
 
 class KVPool:
-    """Keys and values of every layer, (capacity, kv_heads, head_dim) each, filled from the front."""
+    """Keys and values of every layer, (capacity, kv_heads, head_dim) each, filled from the front.
 
-    def __init__(self, model: Bagel, capacity: int) -> None:
+    A row takes 2 · layers · kv_heads · head_dim · bytes per number (BAGEL-7B in bfloat16: 57,344 bytes).
+    """
+
+    GROWTH = 1024  # rows at least, so that text of unknown length does not copy the pool at every token
+
+    def __init__(self, model: Bagel, capacity: int = 0) -> None:
         llm = model.config.llm
-        weight = model.language_model.model.embed_tokens.weight
+        weight = model.language_model.model.norm.weight
         shape = (capacity, llm.num_key_value_heads, llm.head_dim)
-        self.keys = [weight.new_empty(shape) for _ in range(llm.num_hidden_layers)]
-        self.values = [weight.new_empty(shape) for _ in range(llm.num_hidden_layers)]
+        self.keys = [weight.new_empty(shape, device=model.device) for _ in range(llm.num_hidden_layers)]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
         self.length = 0
 
     @property
     def capacity(self) -> int:
         return self.keys[0].shape[0]
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(layer.numel() * layer.element_size() for layer in (*self.keys, *self.values))
+
     def reserve(self, num_rows: int) -> None:
-        """Make room for so many more rows; the pool at least doubles, so that growing it stays rare."""
+        """Make room for so many more rows."""
         if self.length + num_rows <= self.capacity:
             return
-        capacity = max(2 * self.capacity, self.length + num_rows)
+        capacity = self.length + num_rows
+        if self.length:
+            capacity = max(capacity, self.capacity + self.GROWTH)
         for pool in (self.keys, self.values):
             for layer, old in enumerate(pool):
                 pool[layer] = old.new_empty(capacity, *old.shape[1:])
@@ -118,19 +129,43 @@ class KVPool:
 class _PoolAttention:
     """Attention of the layers in turn: writes the new rows behind the pool's, then attends to ranges of the pool."""
 
-    def __init__(self, pool: KVPool, splits: Sequence[Split], device: torch.device) -> None:
-        self.pool, self.splits, self.layer = pool, splits, 0
-        self.plan: Attention | None = None
-        if device.type != "cpu":
-            self.plan = FlashPlan(splits, device, find_varlen_attention() or sdpa_varlen)
+    def __init__(self, pool: KVPool, layout: Pass) -> None:
+        self.pool, self.layout, self.layer = pool, layout, 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v)
+
+    @torch.compiler.disable
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.pool.keys[self.layer], self.pool.values[self.layer]
         self.layer += 1
         rows = slice(self.pool.length, self.pool.length + k.shape[0])
         keys[rows], values[rows] = k, v
-        q = q.to(keys.dtype)
-        return attend_ranges(self.splits, q, keys, values) if self.plan is None else self.plan(q, keys, values)
+        q, plan = q.to(keys.dtype), self.layout.plan
+        return attend_ranges(self.layout.splits, q, keys, values) if plan is None else plan(q, keys, values)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass laid out: new rows, and the pool's rows each of them sees. Holds while the pool keeps its length.
+
+    Attributes:
+        after: contexts after each piece.
+        plan: prepared attention on a GPU; None on a CPU.
+        latents, times: latent tokens of all images in the pass, and each image's time.
+    """
+
+    pieces: tuple[Piece, ...]
+    after: tuple[Context, ...]
+    splits: tuple[Split, ...]
+    batch: PackedBatch
+    plan: Attention | None
+    latents: Tensor | None
+    times: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.batch.sequence_length
 
 
 @dataclass(frozen=True)
@@ -144,39 +179,70 @@ class Markers:
 
 
 class Reader:
-    """Reads pieces into a pool and predicts from contexts; one forward pass for any number of them."""
+    """Reads pieces into a pool and predicts from contexts; one forward pass for any number of them.
 
-    def __init__(self, model: Bagel, markers: Markers, capacity: int = 4096) -> None:
-        self.model, self.markers = model, markers
-        self.pool = KVPool(model, capacity)
+    Args:
+        max_tokens: of a forward pass; more are read in several passes, so that working memory stays bounded.
+    """
+
+    def __init__(self, model: Bagel, markers: Markers, max_tokens: int = 16384) -> None:
+        self.model, self.markers, self.max_tokens = model, markers, max_tokens
+        self.pool = KVPool(model)
 
     def vit_image(self, image: Tensor) -> VitImage:
         patch = self.model.config.vit.patch_size if self.model.config.vit else 14
         return VitImage(image, (image.shape[1] // patch) * (image.shape[2] // patch) + 2)
 
+    @torch.no_grad()
     def extend(self, additions: Sequence[Addition]) -> tuple[list[Context], list[Tensor]]:
-        """Append pieces in one forward pass, whole chains of them if they name each other.
+        """Append pieces, whole chains of them if they name each other.
 
         Returns:
             The contexts after each addition, and the hidden states (num_tokens, hidden) of each piece.
         """
-        if not additions:
-            return [], []
-        contexts, hidden = self._forward(additions)
-        self.pool.length += sum(addition.piece.num_tokens for addition in additions)
+        contexts: list[Context] = []
+        hidden: list[Tensor] = []
+        self.pool.reserve(sum(addition.piece.num_tokens for addition in additions))
+        for chunk in self.chunks(additions):
+            known = len(contexts)
+            layout = self.plan([Addition(_context(a.after, contexts, known), a.piece) for a in chunk])
+            attend = _PoolAttention(self.pool, layout)
+            states = self.model.hidden_states(layout.batch, layout.latents, layout.times, attend)
+            self.pool.length += layout.num_tokens
+            contexts += layout.after
+            hidden += states.split([piece.num_tokens for piece in layout.pieces])
         return contexts, hidden
 
-    def velocities(self, additions: Sequence[Addition]) -> list[Tensor]:
-        """Predicted velocity (h · w, p·p·C) of images that are being drawn; the pool keeps nothing of them."""
-        return [self.model.llm2vae(hidden[1:-1]).float() for hidden in self._forward(additions)[1]]
+    @torch.no_grad()
+    def features(self, layout: Pass, latents: Tensor, times: Tensor) -> list[Tensor]:
+        """The last layer's output (h · w, hidden) of every image being drawn; the pool keeps nothing of them.
+
+        Args:
+            latents: (n, p·p·C) latent tokens of all the pass's images.
+            times: (images,) their times.
+        """
+        self.pool.reserve(layout.num_tokens)
+        features = self.model.latent_features(layout.batch, latents, times, _PoolAttention(self.pool, layout))
+        return list(features.split([piece.num_tokens - 2 for piece in layout.pieces]))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, hidden) → (n, vocabulary) float32."""
         return self.model.language_model.lm_head(hidden).float()
 
-    @torch.no_grad()
-    def _forward(self, additions: Sequence[Addition]) -> tuple[list[Context], list[Tensor]]:
-        """Contexts after each addition and hidden states of each piece; rows behind the pool's length are written."""
+    def chunks(self, additions: Sequence[Addition]) -> Iterator[list[Addition]]:
+        """Additions in order, in groups of at most `max_tokens` tokens, at least one addition each."""
+        chunk: list[Addition] = []
+        for addition in additions:
+            tokens = sum(a.piece.num_tokens for a in chunk) + addition.piece.num_tokens
+            if chunk and tokens > self.max_tokens:
+                yield chunk
+                chunk = []
+            chunk.append(addition)
+        if chunk:
+            yield chunk
+
+    def plan(self, additions: Sequence[Addition]) -> Pass:
+        """Lay out a forward pass whose rows come behind the pool's."""
         before: list[Context] = []
         after: list[Context] = []
         splits, at = [], 0
@@ -188,11 +254,12 @@ class Reader:
             mode = "causal" if isinstance(addition.piece, Text) else "full"
             splits.append(Split(at, end, mode, number, after[-1].ranges))
             at = end
-        pieces = [addition.piece for addition in additions]
+        pieces = tuple(addition.piece for addition in additions)
         batch, latents, times = self._pack(pieces, [context.rope for context in before])
-        self.pool.reserve(at)
-        hidden = self.model.hidden_states(batch, latents, times, _PoolAttention(self.pool, splits, self.model.device))
-        return after, list(hidden.split([piece.num_tokens for piece in pieces]))
+        plan = None
+        if (device := self.model.device).type != "cpu":
+            plan = FlashPlan(splits, device, find_varlen_attention() or sdpa_varlen)
+        return Pass(pieces, tuple(after), tuple(splits), batch, plan, latents, times)
 
     def _pack(self, pieces: Sequence[Piece], ropes: Sequence[int]) -> tuple[PackedBatch, Tensor | None, Tensor | None]:
         """The new tokens as a packed batch, latent tokens, and the time of each latent image."""
@@ -249,3 +316,10 @@ class Reader:
         if not latents:
             return batch, None, None
         return batch, torch.cat(latents).to(device), torch.tensor(times, device=device)
+
+
+def _context(after: Context | int, contexts: Sequence[Context], known: int) -> Context | int:
+    """Numbers of additions of earlier passes become their contexts, those of this pass start from 0."""
+    if not isinstance(after, int):
+        return after
+    return contexts[after] if after < known else after - known

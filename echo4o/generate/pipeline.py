@@ -16,10 +16,13 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from echo4o.checkpoint.adapters import assets_of, load_bagel
+from echo4o.data.errors import RowError
 from echo4o.data.images import ImageTransform, open_image, to_rgb, to_tensor
+from echo4o.data.sources.references import split_inline
 from echo4o.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer
+from echo4o.generate import loading
 from echo4o.generate.context import Addition, Context, LatentImage, Markers, Piece, Reader, Text
-from echo4o.generate.drawing import draw
+from echo4o.generate.drawing import OnStep, draw
 from echo4o.generate.presets import preset
 from echo4o.generate.request import ImageLike, Output, Request
 from echo4o.generate.state import State
@@ -77,6 +80,11 @@ class Echo4oPipeline:
         device: str = "auto",
         weights: str | None = None,
         base: str | Path | None = None,
+        quantize: str | None = None,
+        offload: str | None = None,
+        max_memory: dict | None = None,
+        offload_folder: str | Path | None = None,
+        compile: bool = False,
     ) -> Echo4oPipeline:
         """Load an upstream folder or a training checkpoint; LoRA adapters are merged into their base's weights.
 
@@ -84,12 +92,27 @@ class Echo4oPipeline:
             device: ``auto`` takes a GPU where there is one.
             weights: ``ema``, ``model`` or None (``ema`` where there is one).
             base: of a LoRA checkpoint: where its base is now, if not where its ``adapter_config.json`` says.
+            quantize: ``int8`` or ``nf4``: weights of the layers in fewer bits (needs the ``quantize`` extra).
+            offload: ``cpu``, ``disk`` or ``auto``: where layers lie that are not being computed (``offload`` extra).
+            max_memory: for ``auto``: bytes, or text such as "20GiB", by device (0, 1, … and "cpu").
+            offload_folder: for ``disk``: a folder for the weights; a temporary one by default.
+            compile: torch.compile the layers: the first calls take minutes, those after them are faster.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         assets = assets_of(folder, base)
         tokenizer = load_tokenizer(assets)
-        model = load_bagel(folder, dtype=dtype, device=device, weights=weights, base=base)
+        place = "cpu" if quantize or offload else device
+        model = load_bagel(folder, dtype=dtype, device=place, weights=weights, base=base)
+        if quantize is not None:
+            loading.quantize(model, quantize)
+        if offload is not None:
+            loading.offload(model, offload, device, max_memory=max_memory, folder=offload_folder)
+        else:
+            model.to(device)
+        if compile:
+            for layer in model.language_model.model.layers:
+                layer.compile(dynamic=True)
         model.set_attention_kernel("auto")
         vae = AutoEncoder.from_pretrained(assets, device=device) if model.config.visual_gen else None
         config = model.config
@@ -113,23 +136,29 @@ class Echo4oPipeline:
         seed: int = 0,
         num_images: int = 1,
         think: bool = False,
+        inline: bool = True,
+        on_step: OnStep | None = None,
         **overrides: Any,
     ) -> Output:
-        """Draw from a prompt and references. Image i of `num_images` uses seed + i.
+        """Draw from a prompt and references.
+
+        Args:
+            prompt: references come in front of it, in order; ``<image N>`` in it puts the N-th there instead.
+            height, width: of the picture in pixels; by default those of the last reference (`size_from`), fitted to the
+                model's limits, and 1024 × 1024 without references.
+            preset: ``t2i``, ``edit`` or ``multi_ref``; by default the one for so many references.
+            seed: picture i of `num_images` uses seed + i.
+            inline: False leaves ``<image N>`` in the text.
+            on_step: called with the steps done and their number; an exception from it ends the run.
+            overrides: fields of `Settings` and `Guidance`.
 
         Raises:
-            ValueError: for an empty prompt, an impossible size or an unknown preset.
+            ValueError: for an empty prompt, an impossible size, an unknown preset or a placeholder without image.
             TypeError: for an unknown setting.
         """
-        name = preset or {0: "t2i", 1: "edit"}.get(len(images), "multi_ref")
-        return self.batch(
-            [
-                self.request(
-                    [*images, prompt], name, height=height, width=width, think=think, seed=seed + i, **overrides
-                )
-                for i in range(num_images)
-            ]
-        )
+        shared = {"height": height, "width": width, "think": think, "inline": inline, **overrides}
+        requests = [self.prompt_request(prompt, images, preset, seed=seed + i, **shared) for i in range(num_images)]
+        return self.batch(requests, on_step)
 
     def understand(self, question: str, images: Sequence[ImageLike] = (), think: bool = False, **overrides: Any) -> str:
         """Answer a question about images."""
@@ -149,6 +178,31 @@ class Echo4oPipeline:
         name = preset or ("multi_ref" if any(not isinstance(e, str) for e in elements) else "t2i")
         return self.batch([self.request(elements, name, think=think, understand=understand, **keywords)])
 
+    def prompt_request(
+        self,
+        prompt: str,
+        images: Sequence[ImageLike] = (),
+        preset: str | None = None,
+        inline: bool = True,
+        **keywords: Any,
+    ) -> Request:
+        """What a call with this prompt and these references asks for; keywords as for `request`."""
+        if isinstance(images, (str, bytes, Path, Image.Image)):
+            raise TypeError("images must be a list, also of a single image: images=[...]")
+        name = preset or {0: "t2i", 1: "edit"}.get(len(images), "multi_ref")
+        if not inline or not prompt.strip():
+            return self.request([*images, prompt], name, **keywords)
+        try:
+            parts = split_inline(prompt, len(images))
+        except RowError as error:
+            raise ValueError(
+                f"{error} Give as many images as the prompt names, or pass inline=False to read it literally."
+            ) from error
+        # A prompt that names no place is kept to the letter, spaces included: upstream's tokens.
+        if all(isinstance(part, int) for part in parts[:-1]) and "<image" not in prompt.lower():
+            parts = [*range(len(images)), prompt]
+        return self.request([part if isinstance(part, str) else images[part] for part in parts], name, **keywords)
+
     def request(self, elements: Sequence[str | ImageLike], name: str, **keywords: Any) -> Request:
         """A request with a preset's settings; keywords are fields of `Request` or settings."""
         if not any(isinstance(element, str) and element.strip() for element in elements):
@@ -159,29 +213,36 @@ class Echo4oPipeline:
     # ------------------------------------------------------------ the run
 
     @torch.no_grad()
-    def batch(self, requests: Sequence[Request]) -> Output:
+    def batch(self, requests: Sequence[Request], on_step: OnStep | None = None) -> Output:
         """All requests in one packed run: the same results as one by one."""
         reader = Reader(self.model, self.markers)
         states = [State(request, torch.Generator().manual_seed(request.seed)) for request in requests]
-        self._read(reader, states)
-        thinking = [state for state in states if state.request.think or state.request.understand]
-        write(reader, self.tokenizer, thinking)
+        additions: list[Addition] = []
+        places = [self._plan(reader, state, additions) for state in states]
         drawing = [state for state in states if not state.request.understand]
-        self._think(reader, [state for state in drawing if state.request.think])
         for state in drawing:
             state.grid = self._grid(state)
-        draw(reader, drawing)
+        reader.pool.reserve(sum(addition.piece.num_tokens for addition in additions) + _rows_to_draw(reader, drawing))
+        self._read(reader, states, additions, places)
+        write(reader, self.tokenizer, [state for state in states if state.request.think or state.request.understand])
+        self._think(reader, [state for state in drawing if state.request.think])
+        draw(reader, drawing, on_step)
         images = [self._decoded(state) for state in drawing]
-        info = [self._info(state) for state in states]
+        numbers = iter(range(len(images)))
+        info = [self._info(state, None if state.request.understand else next(numbers)) for state in states]
         return Output(images, [state.text for state in states if state.text], info)
 
     def _text(self, text: str) -> Text:
         return Text((self.markers.bos_token_id, *self.tokenizer.encode(text), self.markers.eos_token_id))
 
-    def _read(self, reader: Reader, states: Sequence[State]) -> None:
-        """All elements of all requests in one forward pass."""
-        additions: list[Addition] = []
-        places = [self._plan(reader, state, additions) for state in states]
+    def _read(
+        self,
+        reader: Reader,
+        states: Sequence[State],
+        additions: Sequence[Addition],
+        places: Sequence[tuple[Context | int, ...]],
+    ) -> None:
+        """All elements of all requests, in as few forward passes as they fit into."""
         contexts, _ = reader.extend(additions)
         for state, branches in zip(states, places, strict=True):
             state.full, state.no_text, state.no_image = (
@@ -263,16 +324,28 @@ class Echo4oPipeline:
         pixels = (pixels * 0.5 + 0.5).clamp(0, 1) * 255
         return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
-    def _info(self, state: State) -> dict[str, Any]:
+    def _info(self, state: State, image: int | None) -> dict[str, Any]:
         stride = self.model.config.latent_downsample
         return {
             "seed": state.request.seed,
-            "height": state.grid[0] * stride,
-            "width": state.grid[1] * stride,
+            "height": None if image is None else state.grid[0] * stride,
+            "width": None if image is None else state.grid[1] * stride,
+            "image": image,
+            "text": state.text,
+            "settings": state.request.settings,
             "context_tokens": {name: getattr(state, name).kv_len for name in ("full", "no_text", "no_image")},
             "latents": state.x,
-            "text": state.text,
         }
+
+
+def _rows_to_draw(reader: Reader, states: Sequence[State]) -> int:
+    """Rows of the pool that the pictures being drawn take up in a forward pass."""
+    rows = [
+        state.grid[0] * state.grid[1] + 2
+        for state in states
+        for _ in range(state.request.settings.guidance.num_branches)
+    ]
+    return max(min(sum(rows), reader.max_tokens), max(rows, default=0))
 
 
 def _transform(transform: ImageTransform | Sequence[int]) -> ImageTransform:

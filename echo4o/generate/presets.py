@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 
 from echo4o.generate.sampler import Guidance
 
@@ -18,6 +19,8 @@ class Settings:
         size_from: ``first``, ``last`` or the number (from 1) of the reference whose resized size the output takes.
         max_think_tokens: bos and thought together, as upstream counts.
         do_sample, temperature, top_p: of generated text; greedy by default.
+        taylorseer: compute about 40 % of the steps and forecast the others (`TaylorSeer`).
+        branch_cache: compute the guidance branches only in one step of so many and use their differences again.
     """
 
     guidance: Guidance = field(default_factory=Guidance)
@@ -28,10 +31,19 @@ class Settings:
     do_sample: bool = False
     temperature: float = 0.3
     top_p: float = 1.0
+    taylorseer: bool = False
+    branch_cache: int = 1
 
     def __post_init__(self) -> None:
         if self.do_sample and self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0, or set do_sample to False")
+        if self.num_timesteps < 2:
+            raise ValueError(f"num_timesteps is {self.num_timesteps}; it must be at least 2")
+        if self.timestep_shift <= 0:
+            raise ValueError(f"timestep_shift is {self.timestep_shift}; it must be above 0")
+        for name in ("max_think_tokens", "branch_cache"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie above 0 and be at most 1")
 
@@ -44,7 +56,10 @@ class Settings:
         of_guidance = {f.name for f in fields(Guidance)}
         own = {f.name for f in fields(Settings)} - {"guidance"}
         if unknown := set(overrides) - of_guidance - own:
-            raise TypeError(f"unknown settings {sorted(unknown)}; known: {', '.join(sorted(of_guidance | own))}")
+            name = sorted(unknown)[0]
+            near = get_close_matches(name, of_guidance | own, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(of_guidance | own))}"
+            raise TypeError(f"unknown setting {name!r}; {hint}")
         guided = replace(self.guidance, **{k: v for k, v in overrides.items() if k in of_guidance})
         return replace(self, guidance=guided, **{k: v for k, v in overrides.items() if k in own})
 

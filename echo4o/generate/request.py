@@ -19,7 +19,7 @@ class Request:
     """One request: texts and images in any order, and what is wanted of them.
 
     Attributes:
-        elements: strings and images, read in order.
+        elements: strings and images (PIL, path or file bytes), read in order.
         height, width: of the output; by default that of the reference `settings.size_from`, 1024² without references.
         think: let the model plan in words first.
         understand: answer in text instead of drawing.
@@ -40,7 +40,15 @@ class Request:
 
 @dataclass
 class Output:
-    """images: drawn, in order of the requests; texts: thoughts and answers; info: sizes, seeds, token counts."""
+    """What came of the requests.
+
+    Attributes:
+        images: drawn, in order of the requests that draw.
+        texts: thoughts and answers, in order of the requests that have one.
+        info: one dictionary a request: ``seed``, ``height`` and ``width`` (None if nothing is drawn), ``image`` (its
+            place in `images`, or None), ``text`` ("" if there is none), ``settings``, ``context_tokens`` of the three
+            guidance contexts, ``latents`` (h · w, p·p·C).
+    """
 
     images: list[Image.Image]
     texts: list[str]

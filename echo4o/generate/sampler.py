@@ -53,6 +53,11 @@ class Guidance:
         text_scale, image_scale = self.scales_at(t)
         return text_scale > 1, text_scale > 1 and image_scale > 1
 
+    @property
+    def num_branches(self) -> int:
+        """Evaluations of a guided step."""
+        return 1 + (self.cfg_text_scale > 1) + (self.cfg_text_scale > 1 and self.cfg_img_scale > 1)
+
     def combine(self, t: float, full: Tensor, no_text: Tensor | None, no_image: Tensor | None) -> Tensor:
         """Guided velocity from those of the branches, each (n, p·p·C) of one image."""
         text_scale, image_scale = self.scales_at(t)

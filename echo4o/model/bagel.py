@@ -233,6 +233,15 @@ class Bagel(nn.Module):
         und, gen, order = self._embed(batch, self._checked_latents(batch, latents), times)
         return order.to_sequence(self.language_model.model(und, gen, self._step(batch, order, attend, dtype=und.dtype)))
 
+    def latent_features(self, batch: PackedBatch, latents: Tensor, times: Tensor, attend: Attention) -> Tensor:
+        """(n_vae, hidden): the last layer's output of the latent tokens, before the final norm; see `hidden_states`."""
+        und, gen, order = self._embed(batch, self._checked_latents(batch, latents), times)
+        return self.language_model.model.through_layers(und, gen, self._step(batch, order, attend, und.dtype)).gen
+
+    def velocity(self, features: Tensor) -> Tensor:
+        """`latent_features` (n, hidden) → predicted velocity noise − data (n, p·p·C) in float32."""
+        return self.llm2vae(self.language_model.model.final_gen_norm(features)).float()
+
     def _embed(self, batch: PackedBatch, latents: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor, Order]:
         """Understanding rows, generation rows, and where they lie."""
         text = self.language_model.model.embed_tokens(batch.packed_text_ids)

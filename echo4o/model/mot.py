@@ -267,14 +267,22 @@ class Qwen2Model(nn.Module):
 
     def forward(self, und: Tensor, gen: Tensor, step: Step, last_step: Step | None = None) -> Blocks:
         """und (n_und, d), gen (n_gen, d) → final hidden states; with `last_step`, of the rows it wants."""
+        und, gen = self.through_layers(und, gen, step, last_step)
+        gen = self.final_gen_norm(gen)
+        und = self.norm(und)
+        return Blocks(und.detach() if self.config.freeze_und else und, gen)
+
+    def through_layers(self, und: Tensor, gen: Tensor, step: Step, last_step: Step | None = None) -> Blocks:
+        """The output of the last layer, before the final norms."""
         if self.config.freeze_und:
             und = und.detach()
         for i, layer in enumerate(self.layers):
             is_last = i + 1 == len(self.layers)
             und, gen = layer(und, gen, last_step if is_last and last_step else step)
-        gen = (self.norm_moe_gen or self.norm)(gen)
-        und = self.norm(und)
-        return Blocks(und.detach() if self.config.freeze_und else und, gen)
+        return Blocks(und, gen)
+
+    def final_gen_norm(self, gen: Tensor) -> Tensor:
+        return (self.norm_moe_gen or self.norm)(gen)
 
 
 class OutputHead(nn.Linear):

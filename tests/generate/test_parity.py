@@ -90,9 +90,9 @@ def test_drawn_images(name: str, recorded: Recorded, monkeypatch) -> None:
         seen["velocities"].append((t, velocity))
         return velocity
 
-    def watch_draw(reader, states):
+    def watch_draw(reader, states, on_step):
         seen["pool"], seen["contexts"] = reader.pool, states[0]
-        draw(reader, states)
+        draw(reader, states, on_step)
 
     monkeypatch.setattr("echo4o.generate.sampler.Guidance.combine", watch)
     monkeypatch.setattr("echo4o.generate.pipeline.draw", watch_draw)
