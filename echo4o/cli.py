@@ -136,7 +136,7 @@ def generate(
     understand: Annotated[bool, _option("Answer in text instead of drawing.", "--understand")] = False,
     no_inline: Annotated[bool, _option("Leave <image N> in the text.", "--no-inline")] = False,
     like: Annotated[Path | None, _option("Take all of this from a picture drawn before.")] = None,
-    out: Annotated[Path | None, _many("Default out.png; of several pictures out_0.png …; NAME.txt for an answer.")] = None,
+    out: Annotated[Path | None, _many("Default out.png; for several out_0.png …; NAME.txt for an answer.")] = None,
     grid: Annotated[Path | None, _many("Contact sheet: references beside results.")] = None,
     requests: Annotated[Path | None, _many("JSONL file, a request a line; --out is a folder then.")] = None,
     skip_bad: Annotated[bool, _many("Leave out lines that cannot be used.", "--skip-bad")] = False,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class ModelOptions:
     def load(self) -> Echo4oPipeline:
         """On the GPU of this process, if torchrun has started several."""
         device = self.device
+        if not Rank.from_environment().rank:
+            logger.info("loading %s in %s", self.folder, self.quantize or self.number_type)
         if "LOCAL_RANK" in os.environ and self.is_on_gpu and device in ("auto", "cuda"):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
@@ -163,14 +165,11 @@ def generate_one(
         return 0  # one picture is no work for several processes
     if grid is not None:
         check_picture_name(grid)
-    old = values_like(like, values.get("images", ())) if like else {}
-    if "prompt" in values:
-        old.pop("elements", None)
-    item = single_request({**old, **values})
+    item = single_request(values_like(like, values) if like else values)
     out = _checked_out(out, item)
     name = model.name()
-    if like and read_metadata(like)["model"]["hash"] != name.hash:
-        logger.warning("%s was drawn by another model: the result will differ", like)
+    if like and (drawn_by := read_metadata(like)["model"]) != asdict(name) | {"name": drawn_by["name"]}:
+        logger.warning("%s was drawn by another model, dtype or quantization: the result will differ", like)
     with RunProgress(1) as progress:
         outcomes = Drawer(model.load(), batch_size or _default_batch_size(model), progress)(requests_of(item))
     drawn = [_result(outcome) for outcome in outcomes]
@@ -194,33 +193,38 @@ def generate_one(
     return 0
 
 
-def values_like(path: Path, images: Sequence[str | Path] = ()) -> dict[str, Any]:
-    """What drew a picture, as values of a request.
+def values_like(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, and what drew a picture where they say nothing.
 
-    Args:
-        images: its references; by default they are looked for beside the picture, under their old names.
+    References are `values`' images, else looked for beside the picture, under their old names.
 
     Raises:
         RequestError: if a reference is missing.
         FileNotFoundError, ValueError: as `read_metadata`.
     """
     known = read_metadata(path)
-    if images and len(images) != len(known["images"]):
-        raise RequestError(f"{path} was drawn from {len(known['images'])} references, not from {len(images)}")
-    files = [Path(image) for image in images] or [path.parent / image["image"] for image in known["images"]]
-    for number, (file, image) in enumerate(zip(files, known["images"], strict=True), start=1):
+    old = {key: known[key] for key in ("preset", "seed", "height", "width", "think", "inline")} | known["settings"]
+    if "prompt" in values:
+        return {**old, **values}  # another prompt has its own references, if any
+    files = _references_of(path, known["images"], [Path(image) for image in values.get("images", ())])
+    if known["prompt"] is not None:
+        return {**old, "prompt": known["prompt"], **values, "images": files}
+    remaining = iter(files)
+    elements = [part if isinstance(part, str) else {"image": next(remaining)} for part in known["elements"]]
+    return {**old, **{key: value for key, value in values.items() if key != "images"}, "elements": elements}
+
+
+def _references_of(path: Path, known: Sequence[Mapping[str, str]], given: Sequence[Path]) -> list[Path]:
+    if given and len(given) != len(known):
+        raise RequestError(f"{path} was drawn from {len(known)} references, not from {len(given)}")
+    files = list(given) or [path.parent / image["image"] for image in known]
+    for number, (file, image) in enumerate(zip(files, known, strict=True), start=1):
         if not file.is_file():
-            names = ", ".join(image["image"] for image in known["images"])
+            names = ", ".join(image["image"] for image in known)
             raise RequestError(f"{file} is not there; say with --image where the references of {path} are: {names}")
         if sha256_of(file) != image["sha256"]:
             logger.warning("%s is not image %d that %s was drawn from: the result will differ", file, number, path)
-    values = {key: known[key] for key in ("preset", "seed", "height", "width", "think", "inline")}
-    values |= known["settings"]
-    if known["prompt"] is not None:
-        return {**values, "prompt": known["prompt"], "images": files}
-    remaining = iter(files)
-    elements = [part if isinstance(part, str) else {"image": next(remaining)} for part in known["elements"]]
-    return {**values, "elements": elements}
+    return files
 
 
 def _checked_out(out: Path | None, item: Item) -> Path | None:
@@ -311,7 +315,8 @@ def _rows(items: Sequence[Item], out: Path, summary: Summary) -> list[Row]:
         text_file = out / f"{item.id}.txt"
         text = text_file.read_text(encoding="utf-8") if text_file.is_file() else ""
         results = [out / name for name in item.file_names]
-        rows.append(Row(item.text, [image.path for image in item.images], results, item.id, text=text))
+        labels = [f"result, seed {item.seed + i}" for i in range(len(results))]
+        rows.append(Row(item.text, [image.path for image in item.images], results, item.id, labels, text))
     return rows
 
 

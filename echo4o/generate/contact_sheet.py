@@ -17,9 +17,10 @@ from echo4o.generate.files import partial_name
 MAX_ROWS = 60
 MAX_LINES = 6
 MAX_CELLS = 8  # beside each other; more go below
-GAP, MARGIN = 12, 20
+GAP, MARGIN, FRAME = 14, 20, 2
 FONT_SIZE, LABEL_SIZE = 17, 13
-BACKGROUND, INK, FAINT, ACCENT = "#ffffff", "#1d1d1f", "#6e6e73", "#0a66c2"
+LEADING = 7
+BACKGROUND, INK, FAINT, RULE, ACCENT = "#ffffff", "#1d1d1f", "#6e6e73", "#d2d2d7", "#0a66c2"
 #: The first letters that DejaVu Sans lacks: Chinese, Japanese, Korean.
 _FIRST_CJK = 0x2E80
 _CJK_FONTS = (
@@ -36,8 +37,8 @@ class Row:
 
     Attributes:
         prompt: shown above; long ones are cut.
-        references, results: pictures or their paths; results are framed.
-        name: of the request, before the prompt.
+        references, results: pictures or their paths; results have a coloured frame.
+        name: of the request, above the prompt.
         labels: of the results, e.g. their seeds.
         text: thought or answer, shown below.
     """
@@ -59,14 +60,14 @@ def contact_sheet(rows: Sequence[Row], cell: int = 256) -> Image.Image:
     """
     rows = rows[:MAX_ROWS]
     columns = min(MAX_CELLS, max((len(row.references) + len(row.results) for row in rows), default=1))
-    width = max(columns * (cell + GAP) - GAP, 2 * cell + GAP) + 2 * MARGIN
+    width = max(columns, 2) * (cell + GAP) - GAP + 2 * FRAME + 2 * MARGIN
     blocks = [_block(row, width - 2 * MARGIN, cell) for row in rows]
     height = sum(block.height for block in blocks) + 2 * MARGIN * len(blocks)
     sheet = Image.new("RGB", (width, max(1, height)), BACKGROUND)
     top = MARGIN
     for number, block in enumerate(blocks):
         if number:
-            ImageDraw.Draw(sheet).line((MARGIN, top - MARGIN, width - MARGIN, top - MARGIN), fill="#d2d2d7")
+            ImageDraw.Draw(sheet).line((MARGIN, top - MARGIN, width - MARGIN, top - MARGIN), fill=RULE)
         sheet.paste(block, (MARGIN, top))
         top += block.height + 2 * MARGIN
     return sheet
@@ -100,38 +101,45 @@ def check_picture_name(path: Path) -> None:
 
 def _block(row: Row, width: int, cell: int) -> Image.Image:
     """One request: prompt, then references and results in cells, then its text."""
-    font, label_font = _font(FONT_SIZE, row.prompt + row.name), _font(LABEL_SIZE, row.text)
-    title = f"{row.name}   {row.prompt}" if row.name else row.prompt
-    title_lines, text_lines = _wrapped(title, font, width), _wrapped(row.text, label_font, width)
-    line, small = FONT_SIZE + 6, LABEL_SIZE + 6
+    lines = [(row.name, LABEL_SIZE, FAINT)] if row.name else []
+    lines += [(words, FONT_SIZE, INK) for words in _wrapped(row.prompt, FONT_SIZE, width)]
+    below = [(words, LABEL_SIZE, FAINT) for words in _wrapped(row.text, LABEL_SIZE, width)]
     cells = [(picture, f"image {i}", False) for i, picture in enumerate(row.references, start=1)]
     labels = [*row.labels, *[""] * len(row.results)]
     cells += [(picture, labels[i] or "result", True) for i, picture in enumerate(row.results)]
     pictures = [(_fitted(picture, cell), label, is_result) for picture, label, is_result in cells]
-    per_row = max(1, (width + GAP) // (cell + GAP))
+    per_row = max(1, (width - 2 * FRAME + GAP) // (cell + GAP))
     ranks = [pictures[i : i + per_row] for i in range(0, len(pictures), per_row)]
-    heights = [max(picture.height for picture, _, _ in rank) + small + GAP for rank in ranks]
-    height = len(title_lines) * line + GAP + sum(heights) + len(text_lines) * small
+    heights = [max(picture.height for picture, _, _ in rank) + LABEL_SIZE + LEADING + GAP for rank in ranks]
+    height = sum(size + LEADING for _, size, _ in (*lines, *below)) + GAP // 2 + sum(heights)
     block = Image.new("RGB", (width, height), BACKGROUND)
-    draw = ImageDraw.Draw(block)
-    top = 0
-    for words in title_lines:
-        draw.text((0, top), words, fill=INK, font=font)
-        top += line
-    top += GAP // 2
+    top = _write_lines(block, 0, lines) + GAP // 2
     for rank, rank_height in zip(ranks, heights, strict=True):
         for column, (picture, label, is_result) in enumerate(rank):
-            left = column * (cell + GAP)
-            draw.text((left, top), label, fill=ACCENT if is_result else FAINT, font=_font(LABEL_SIZE, label))
-            block.paste(picture, (left, top + small))
-            if is_result:
-                right, bottom = left + picture.width - 1, top + small + picture.height - 1
-                draw.rectangle((left, top + small, right, bottom), outline=ACCENT, width=2)
+            _paste_cell(block, (FRAME + column * (cell + GAP), top), picture, label, is_result)
         top += rank_height
-    for words in text_lines:
-        draw.text((0, top), words, fill=FAINT, font=label_font)
-        top += small
+    _write_lines(block, top, below)
     return block
+
+
+def _write_lines(block: Image.Image, top: int, lines: Sequence[tuple[str, int, str]]) -> int:
+    """Lines of (words, size, colour); returns where the next would be."""
+    draw = ImageDraw.Draw(block)
+    for words, size, colour in lines:
+        draw.text((0, top), words, fill=colour, font=_font(size, words))
+        top += size + LEADING
+    return top
+
+
+def _paste_cell(block: Image.Image, corner: tuple[int, int], picture: Image.Image, label: str, is_result: bool) -> None:
+    """A picture under its label. The frame lies around it, so that none of its pixels is hidden."""
+    draw, (left, top) = ImageDraw.Draw(block), corner
+    draw.text((left, top), label, fill=ACCENT if is_result else FAINT, font=_font(LABEL_SIZE, label))
+    top += LABEL_SIZE + LEADING
+    block.paste(picture, (left, top))
+    edge = FRAME if is_result else 1
+    around = (left - edge, top - edge, left + picture.width + edge - 1, top + picture.height + edge - 1)
+    draw.rectangle(around, outline=ACCENT if is_result else RULE, width=edge)
 
 
 def _fitted(picture: Picture, cell: int) -> Image.Image:
@@ -143,8 +151,9 @@ def _fitted(picture: Picture, cell: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _wrapped(text: str, font: FreeTypeFont, width: int) -> list[str]:
+def _wrapped(text: str, size: int, width: int) -> list[str]:
     """Lines of at most `width` px; a word that is longer (or a text without spaces) is cut wherever it must be."""
+    font = _font(size, text)
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

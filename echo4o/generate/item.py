@@ -88,8 +88,10 @@ class Item:
 
     @property
     def text(self) -> str:
-        """For people: the prompt, or the elements' texts."""
-        return self.prompt if self.prompt is not None else " … ".join(p for p in self.parts if isinstance(p, str))
+        """For people: the prompt, or the elements as one."""
+        if self.prompt is not None:
+            return self.prompt
+        return " ".join(part if isinstance(part, str) else f"<image {part + 1}>" for part in self.parts)
 
     @property
     def file_names(self) -> tuple[str, ...]:
@@ -162,7 +164,9 @@ def _check_key(key: str, value: Any) -> None:
             f"unknown key {key!r}. " + (f"Did you mean {near[0]}?" if near else f"Known: {', '.join(KEYS)}")
         )
     if not _fits(value, KEYS[key]):
-        raise RequestError(f"{key} is {json.dumps(value, ensure_ascii=False, default=str)}; it must be {_described(KEYS[key])}")
+        raise RequestError(
+            f"{key} is {json.dumps(value, ensure_ascii=False, default=str)}; it must be {_described(KEYS[key])}"
+        )
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -136,5 +136,5 @@ def _look_at(path: Path) -> ImageFile | str:
     except RowError as error:
         return f"{error.reason}: {path}; give another picture"
     except OSError as error:
-        return f"image {path} cannot be read ({error.strerror}); paths are relative to the folder of the requests"
+        return f"image {path} cannot be read ({error.strerror}); check its path"
     return ImageFile(path, hashlib.sha256(content).hexdigest(), image.size)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,8 +59,7 @@ def metadata_of(item: Item, drawn: Drawn, model: ModelName) -> dict[str, Any]:
         **{key: drawn.info[key] for key in ("seed", "height", "width", "text")},
         "think": item.think,
         "inline": item.inline,
-        "model": {"name": model.name, "hash": model.hash, "dtype": model.dtype, "quantize": model.quantize},
-        "fingerprint": fingerprint_of(item, model),
+        "model": asdict(model),
     }
 
 
