@@ -6,8 +6,9 @@ an image appends rows; a branch that starts with the same texts and images as an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -133,16 +134,20 @@ class _PoolAttention:
         self.pool, self.layout, self.layer = pool, layout, 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(q, k, v)
+        return _uncompiled(self, q, k, v)
 
-    @torch.compiler.disable
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.pool.keys[self.layer], self.pool.values[self.layer]
-        self.layer += 1
-        rows = slice(self.pool.length, self.pool.length + k.shape[0])
-        keys[rows], values[rows] = k, v
-        q, plan = q.to(keys.dtype), self.layout.plan
-        return attend_ranges(self.layout.splits, q, keys, values) if plan is None else plan(q, keys, values)
+
+def _attend(to: _PoolAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    pool, plan = to.pool, to.layout.plan
+    keys, values = pool.keys[to.layer], pool.values[to.layer]
+    to.layer += 1
+    rows = slice(pool.length, pool.length + k.shape[0])
+    keys[rows], values[rows] = k, v
+    q = q.to(keys.dtype)
+    return attend_ranges(to.layout.splits, q, keys, values) if plan is None else plan(q, keys, values)
+
+
+_uncompiled = cast(Callable[..., Tensor], torch.compiler.disable(_attend))
 
 
 @dataclass(frozen=True)

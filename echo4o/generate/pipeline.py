@@ -95,21 +95,20 @@ class Echo4oPipeline:
             quantize: ``int8`` or ``nf4``: weights of the layers in fewer bits (needs the ``quantize`` extra).
             offload: ``cpu``, ``disk`` or ``auto``: where layers lie that are not being computed (``offload`` extra).
             max_memory: for ``auto``: bytes, or text such as "20GiB", by device (0, 1, … and "cpu").
-            offload_folder: for ``disk``: a folder for the weights; a temporary one by default.
+            offload_folder: for LoRA adapters on the ``disk``: a folder for the merged weights; a temporary one by
+                default. Other weights are read from the checkpoint itself.
             compile: torch.compile the layers: the first calls take minutes, those after them are faster.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         assets = assets_of(folder, base)
         tokenizer = load_tokenizer(assets)
-        place = "cpu" if quantize or offload else device
-        model = load_bagel(folder, dtype=dtype, device=place, weights=weights, base=base)
-        if quantize is not None:
-            loading.quantize(model, quantize)
-        if offload is not None:
-            loading.offload(model, offload, device, max_memory=max_memory, folder=offload_folder)
+        if compile and offload:
+            raise ValueError("compile and offload exclude each other: leave one out")
+        if quantize or offload:
+            model = loading.load(folder, dtype, device, weights, base, quantize, offload, max_memory, offload_folder)
         else:
-            model.to(device)
+            model = load_bagel(folder, dtype=dtype, device=device, weights=weights, base=base)
         if compile:
             for layer in model.language_model.model.layers:
                 layer.compile(dynamic=True)
@@ -164,7 +163,7 @@ class Echo4oPipeline:
         """Answer a question about images."""
         overrides = {"max_think_tokens": 512, **overrides}
         request = self.request([*images, question], "understand", think=think, understand=True, **overrides)
-        return self.batch([request]).texts[0]
+        return self.batch([request]).info[0]["text"]
 
     def interleave(
         self,
