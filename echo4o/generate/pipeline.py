@@ -13,22 +13,21 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Generator, Tensor
 
 from echo4o.checkpoint.adapters import assets_of, load_bagel
 from echo4o.data.errors import RowError
-from echo4o.data.images import ImageTransform, open_image, to_rgb, to_tensor
+from echo4o.data.images import ImageTransform
 from echo4o.data.sources.references import split_inline
 from echo4o.data.tokenizer import Tokenizer, add_special_tokens, load_tokenizer
 from echo4o.generate import loading
-from echo4o.generate.context import Addition, Context, LatentImage, Markers, Piece, Reader, Text
+from echo4o.generate.context import Addition, Context, Markers, Piece, Reader, Text
 from echo4o.generate.drawing import OnStep, draw
+from echo4o.generate.encoding import ImageEncoder, decode
 from echo4o.generate.presets import preset
 from echo4o.generate.request import ImageLike, Output, Request
 from echo4o.generate.state import State
 from echo4o.generate.writing import write
 from echo4o.model import Bagel
-from echo4o.model.embeddings import patchify_latents, unpatchify_latents
 from echo4o.model.vae import AutoEncoder
 
 # Weights were trained with these exact words (BAGEL, Apache-2.0): compatibility constants.
@@ -173,7 +172,11 @@ class Echo4oPipeline:
         preset: str | None = None,
         **keywords: Any,
     ) -> Output:
-        """Texts and images in any order, upstream's semantics: without-text is everything before the last text."""
+        """Texts and images in any order, upstream's semantics: without-text is everything before the last text.
+
+        Args:
+            elements: a string is a text; images are PIL images, `Path`s or file bytes.
+        """
         name = preset or ("multi_ref" if any(not isinstance(e, str) for e in elements) else "t2i")
         return self.batch([self.request(elements, name, think=think, understand=understand, **keywords)])
 
@@ -189,6 +192,8 @@ class Echo4oPipeline:
         if isinstance(images, (str, bytes, Path, Image.Image)):
             raise TypeError("images must be a list, also of a single image: images=[...]")
         name = preset or {0: "t2i", 1: "edit"}.get(len(images), "multi_ref")
+        # Among the elements of a request a string is a text.
+        images = [Path(image) if isinstance(image, str) else image for image in images]
         if not inline or not prompt.strip():
             return self.request([*images, prompt], name, **keywords)
         try:
@@ -217,7 +222,9 @@ class Echo4oPipeline:
         reader = Reader(self.model, self.markers)
         states = [State(request, torch.Generator().manual_seed(request.seed)) for request in requests]
         additions: list[Addition] = []
-        places = [self._plan(reader, state, additions) for state in states]
+        encoder = ImageEncoder(self.vae, self.model.config.latent_patch_size, self.vae_transform, self.vit_transform)
+        places = [self._plan(reader, encoder, state, additions) for state in states]
+        del encoder  # its moments
         drawing = [state for state in states if not state.request.understand]
         for state in drawing:
             state.grid = self._grid(state)
@@ -248,7 +255,9 @@ class Echo4oPipeline:
                 contexts[place] if isinstance(place, int) else place for place in branches
             )
 
-    def _plan(self, reader: Reader, state: State, additions: list[Addition]) -> tuple[Context | int, ...]:
+    def _plan(
+        self, reader: Reader, encoder: ImageEncoder, state: State, additions: list[Addition]
+    ) -> tuple[Context | int, ...]:
         """Append a request's elements to `additions`; where its full, text-less and image-less contexts end."""
         request = state.request
 
@@ -268,27 +277,16 @@ class Echo4oPipeline:
                 # Until the first image both contexts are the same rows.
                 no_image = full if shared else add(no_image, text)
                 continue
-            image = to_rgb(element) if isinstance(element, Image.Image) else open_image(element)
-            image = image.resize(self.vae_transform.target_size(*image.size), Image.Resampling.BICUBIC)
             if not request.understand:
                 noises = request.reference_noise
                 noise = None if noises is None else noises[len(state.sizes)]
-                full = add(full, self._reference(image, noise, state.generator))
+                full = add(full, encoder.latents(element, noise, state.generator))
             if self.model.config.visual_und:
-                full = add(full, reader.vit_image(self.vit_transform(image)))
+                full = add(full, reader.vit_image(encoder.pixels(element)))
+            image = encoder.resized(element)
             state.sizes.append((image.height, image.width))
             no_text = full
         return full, no_text, no_image
-
-    def _reference(self, image: Image.Image, noise: Tensor | None, generator: Generator) -> LatentImage:
-        if self.vae is None:
-            raise ValueError("this model has no generation branch (visual_gen is False): it can only answer in text")
-        pixels = to_tensor(image, image.size)[None]
-        moments = self.vae.moments(pixels.to(next(self.vae.parameters())))
-        latents = self.vae.sample(moments.float(), noise=noise, generator=None if noise is not None else generator)[0]
-        patch = self.model.config.latent_patch_size
-        grid = (latents.shape[1] // patch, latents.shape[2] // patch)
-        return LatentImage(patchify_latents([latents], patch), grid)
 
     def _think(self, reader: Reader, states: Sequence[State]) -> None:
         """The thought becomes part of the full context only (upstream)."""
@@ -318,10 +316,7 @@ class Echo4oPipeline:
 
     def _decoded(self, state: State) -> Image.Image:
         assert self.vae is not None
-        latents = unpatchify_latents(state.x, [state.grid], self.model.config.latent_patch_size)[0]
-        pixels = self.vae.decode(latents[None].to(next(self.vae.parameters())))[0].float()
-        pixels = (pixels * 0.5 + 0.5).clamp(0, 1) * 255
-        return Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+        return decode(self.vae, state.x, state.grid, self.model.config.latent_patch_size)
 
     def _info(self, state: State, image: int | None) -> dict[str, Any]:
         stride = self.model.config.latent_downsample

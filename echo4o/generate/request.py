@@ -19,7 +19,7 @@ class Request:
     """One request: texts and images in any order, and what is wanted of them.
 
     Attributes:
-        elements: strings and images (PIL, path or file bytes), read in order.
+        elements: texts (strings) and images (PIL images, `Path`s or file bytes), read in order.
         height, width: of the output; by default that of the reference `settings.size_from`, 1024² without references.
         think: let the model plan in words first.
         understand: answer in text instead of drawing.

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from echo4o.generate.context import Addition, Context, KVPool, LatentImage, Reader
+from echo4o.generate.encoding import ImageEncoder
 from echo4o.generate.pipeline import Echo4oPipeline
 from echo4o.model.embeddings import patchify_latents, unpatchify_latents
 from echo4o.packed import PackedBatch
@@ -55,6 +56,29 @@ def test_references_that_no_placeholder_names_come_first(pipe: Echo4oPipeline, t
 
 def test_a_prompt_without_placeholders_is_kept_to_the_letter(pipe: Echo4oPipeline, two: list[Image.Image]) -> None:
     assert pipe.prompt_request("  a cat \n", two).elements == (*two, "  a cat \n")
+
+
+def test_images_may_be_files(pipe: Echo4oPipeline, two: list[Image.Image], tmp_path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(2)]
+    for path, image in zip(paths, two, strict=True):
+        image.save(path)
+    expected = latents(pipe(PROMPT, two, **FEW))
+    assert torch.equal(latents(pipe(PROMPT, [str(path) for path in paths], **FEW)), expected)
+    assert torch.equal(latents(pipe(PROMPT, [paths[0], paths[1].read_bytes()], **FEW)), expected)
+    with pytest.raises(ValueError, match="image missing: missing.png"):
+        pipe(PROMPT, ["missing.png"])
+    paths[0].write_bytes(paths[0].read_bytes()[:200])
+    with pytest.raises(ValueError, match="0.png"):
+        pipe(PROMPT, paths)
+
+
+def test_an_image_of_several_requests_is_encoded_once(pipe: Echo4oPipeline, two: list, monkeypatch) -> None:
+    encoded = []
+    moments = type(pipe.vae).moments
+    monkeypatch.setattr(type(pipe.vae), "moments", lambda self, x: (encoded.append(1), moments(self, x))[1])
+    out = pipe(PROMPT, two, num_images=3, **FEW)
+    assert len(encoded) == 2
+    assert torch.allclose(latents(out, 2), latents(pipe(PROMPT, two, seed=2, **FEW)), atol=1e-4)
 
 
 @pytest.mark.parametrize("prompt", ["<image 3> alone", "<image 0> alone"])
@@ -200,8 +224,9 @@ def test_the_cached_path_equals_the_training_forward(pipe: Echo4oPipeline, two: 
     """Reference, text and noised target in one packed sequence, as in training, and read into the pool one by one."""
     model, reader = pipe.model, Reader(pipe.model, pipe.markers)
     generator = torch.Generator().manual_seed(0)
-    reference, text = pipe._reference(two[0], None, generator), pipe._text(PROMPT)
-    seen = reader.vit_image(pipe.vit_transform(two[0]))
+    encoder = ImageEncoder(pipe.vae, 2, pipe.vae_transform, pipe.vit_transform)
+    reference, text = encoder.latents(two[0], None, generator), pipe._text(PROMPT)
+    seen = reader.vit_image(encoder.pixels(two[0]))
     grid, t = (2, 3), 0.3
     x = torch.randn(6, model.config.latent_dim, generator=generator)
 
