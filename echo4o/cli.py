@@ -91,7 +91,9 @@ def merge(
     raise typer.Exit(_report_errors(work))
 
 
-ModelFolder = Annotated[Path, typer.Argument(help="BAGEL folder or checkpoint of a run.", show_default=False)]
+ModelFolder = Annotated[
+    Path, typer.Argument(help="BAGEL folder, checkpoint of a run, or owner/name on the hub.", show_default=False)
+]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="Of the weights; auto: bfloat16 on a GPU, float32 on a CPU.", rich_help_panel="Model")
 ]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from echo4o.checkpoint.hub import local_folder
 from echo4o.generate.batches import Drawer, Drawn, requests_of
 from echo4o.generate.contact_sheet import MAX_ROWS, Row, check_picture_name, write_contact_sheet
 from echo4o.generate.files import model_fingerprint, read_metadata, sha256_of, write_picture
@@ -50,10 +51,10 @@ class ModelOptions:
 
     def name(self) -> ModelName:
         """Raises FileNotFoundError or CheckpointError if there is no such model."""
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder} is not a folder; pass a BAGEL folder or a checkpoint of a run")
-        fingerprint = model_fingerprint(self.folder, self.weights, self.base)
-        return ModelName(self.folder.resolve().name, fingerprint, self.number_type, self.quantize)
+        folder = local_folder(self.folder)
+        fingerprint = model_fingerprint(folder, self.weights, self.base)
+        name = self.folder.resolve().name if folder == self.folder else self.folder.as_posix()
+        return ModelName(name, fingerprint, self.number_type, self.quantize)
 
     def load(self) -> Echo4oPipeline:
         """On the GPU of this process, if torchrun has started several."""

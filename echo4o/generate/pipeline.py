@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from echo4o.checkpoint.adapters import assets_of, load_bagel
+from echo4o.checkpoint.hub import local_folder
 from echo4o.data.errors import RowError
 from echo4o.data.images import ImageTransform
 from echo4o.data.sources.references import split_inline
@@ -88,6 +89,7 @@ class Echo4oPipeline:
         """Load an upstream folder or a training checkpoint; LoRA adapters are merged into their base's weights.
 
         Args:
+            folder: or a repository of the hub, ``owner/name``.
             device: ``auto`` takes a GPU where there is one.
             weights: ``ema``, ``model`` or None (``ema`` where there is one).
             base: of a LoRA checkpoint: where its base is now, if not where its ``adapter_config.json`` says.
@@ -100,6 +102,7 @@ class Echo4oPipeline:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        folder = local_folder(folder)
         assets = assets_of(folder, base)
         tokenizer = load_tokenizer(assets)
         if compile and offload:

@@ -140,7 +140,7 @@ def test_wrong_calls_are_one_line(model, arguments, message):
 
 
 def test_a_model_that_is_not_there(here):
-    assert "no/model is not a folder" in generate("no/model", "--prompt", "x", status=1)
+    assert "/no/model is not a folder" in generate("/no/model", "--prompt", "x", status=1)
 
 
 def test_bad_lines_stop_before_the_model_is_loaded(model, here):
