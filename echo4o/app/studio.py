@@ -13,6 +13,7 @@ from typing import Any
 
 from echo4o.app.parameters import Limits, answer_keywords, chosen_seed, pipeline_keywords
 from echo4o.data.errors import RowError
+from echo4o.data.images import probe_size
 from echo4o.data.sources.references import split_inline
 from echo4o.generate.batches import Drawn
 from echo4o.generate.files import sha256_of, write_picture
@@ -118,7 +119,7 @@ class Studio:
     def _draw(self, job: Job, start: float, stage: _Stage) -> list[Result]:
         _check(job)
         seed, number = chosen_seed(job.values), int(job.values["num_images"])
-        keywords = pipeline_keywords(job.values, self.limits)
+        keywords = self._with_size(job, pipeline_keywords(job.values, self.limits))
         out = self.pipe(
             job.prompt,
             job.references,
@@ -135,6 +136,16 @@ class Studio:
             size = (info["width"], info["height"])
             results.append(Result(_exactly(job, info["seed"]), picture, size, info["text"], seconds))
         return results
+
+    def _with_size(self, job: Job, keywords: dict[str, Any]) -> dict[str, Any]:
+        """Of "as image N", the size: the pipeline counts references as they are read, and a placeholder moves them."""
+        if not isinstance(keywords.get("size_from"), int):
+            return keywords
+        number, count = keywords.pop("size_from"), len(job.references)
+        if not 1 <= number <= count:
+            raise ValueError(f"Size is as image {number}, but the last image is image {count}: choose another size")
+        width, height = self.pipe.vae_transform.target_size(*probe_size(job.references[number - 1]))
+        return {**keywords, "width": width, "height": height}
 
     def _answer(self, job: Job, start: float) -> Result:
         _check(job)
