@@ -171,8 +171,9 @@ def generate_one(
     name = model.name()
     if like and (drawn_by := read_metadata(like)["model"]) != asdict(name) | {"name": drawn_by["name"]}:
         logger.warning("%s was drawn by another model, dtype or quantization: the result will differ", like)
+    pipe = model.load()
     with RunProgress(1) as progress:
-        outcomes = Drawer(model.load(), batch_size or _default_batch_size(model), progress)(requests_of(item))
+        outcomes = Drawer(pipe, batch_size or _default_batch_size(model), progress)(requests_of(item))
     drawn = [_result(outcome) for outcome in outcomes]
     if text := texts_of(drawn):
         say(text)

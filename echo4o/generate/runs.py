@@ -104,8 +104,9 @@ def run_items(
         ]
         total = sum(map(len, pending))
         failed: dict[str, str] = {}
+        pipe = load() if total else None
         with RunProgress(total, enabled=rank == 0) as progress:
-            drawer = Drawer(load(), batch_size, progress) if total else None
+            drawer = Drawer(pipe, batch_size, progress) if pipe is not None else None
             for batch in filter(None, pending):
                 assert drawer is not None
                 for item, outcome in zip(batch, _draw_batch(drawer, batch), strict=True):
