@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ def launch(
     Raises:
         OSError: if the port is taken.
     """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is there
     # Fonts of the system: none are fetched from the net.
     theme = Default(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return page.launch(

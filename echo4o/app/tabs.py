@@ -56,7 +56,7 @@ class Tab:
     def shown(self, results: Sequence[Result]) -> list[Any]:
         """Values of the outputs."""
         pictures = [(result.picture, f"seed {result.seed}" if len(results) > 1 else None) for result in results]
-        text = "\n\n".join(result.text for result in results if result.text)
+        text = "\n\n".join(dict.fromkeys(result.text for result in results if result.text))
         visible = self.task == "understand" or bool(text)
         if self.task == "understand" and not text:
             text = "(no answer)"

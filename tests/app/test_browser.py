@@ -206,6 +206,17 @@ def test_mistakes_are_shown_and_work_goes_on(page):
     assert "Traceback" not in page.one("body").text
 
 
+def test_a_bug_is_not_silent(page, pipe, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(pipe, "batch", fails)
+    page.type("#t2i_prompt textarea", "a cube")
+    page.click("#t2i_generate")
+    page.until(lambda: any("shapes do not match" in toast.text for toast in page.all(".toast-body")), "no message")
+    page.until(lambda: page.idle("t2i"), "the buttons stay as in a run")
+
+
 def test_progress_and_cancel(page, pipe):
     slow = pipe.model.language_model.model.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.05))
     try:
