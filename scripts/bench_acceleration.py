@@ -4,8 +4,8 @@
     python scripts/bench_acceleration.py --model data_examples/tiny_bagel --rows 16 --runs 3
 
 For every variant: network evaluations (a forward pass of one branch counts one), seconds a picture, the mean absolute
-difference to the exact pictures and to the rows' targets (0 … 255). Fewer steps stand beside the accelerations: what they
-save must be judged against simply stepping less often.
+difference to the exact pictures and to the rows' targets (0 … 255). Fewer steps stand beside the accelerations: what
+they save must be judged against simply stepping less often.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from make_example_data import heldout_rows
 from PIL import Image
-from prove_learning import SETTINGS, errors, heldout_rows
+from prove_learning import SETTINGS, errors
 
 from echo4o.generate.context import Reader
 from echo4o.generate.pipeline import Echo4oPipeline

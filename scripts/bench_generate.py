@@ -8,9 +8,9 @@ All run in the same process, in turn; the medians are compared and the results h
 
 ours      contexts that share rows of one key/value pool; all guidance branches of a step in one forward pass
 rebuild   the three contexts read anew in every step, the branches one after the other
-upstream  the reference model's way: three contexts with caches of their own, read once and deeply copied; in every layer
-          of every step keys and values of context and picture are put together anew; branches one after the other,
-          experts by gather and scatter
+upstream  the reference model's way: three contexts with caches of their own, read once and deeply copied; in every
+          layer of every step keys and values of context and picture are put together anew; branches one after the
+          other, experts by gather and scatter
 batch     ours, several equal requests in one call, against the same number of calls
 
 The autoencoder is a small one (encoding its references costs all programs the same), and decoding is left out.

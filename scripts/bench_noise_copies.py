@@ -1,6 +1,6 @@
 """What `noise_copies` buys: held-out loss at equal compute, for a target laid down 1, 2 and 4 times.
 
-    python scripts/bench_noise_copies.py --model runs/quickstart/tiny_bagel --steps 300 --copies 1 2 4
+    python scripts/bench_noise_copies.py --model runs/tiny_bagel --steps 300 --copies 1 2 4
 
 Each run trains the tiny model on the example task with as many tokens a step and as many steps, so with (nearly) the
 same compute: k copies spend it on k targets a sample and fewer samples a step. The loss on held-out rows is then taken

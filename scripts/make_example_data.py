@@ -78,6 +78,13 @@ def multi_ref_rows(
     return list(rows)
 
 
+def heldout_rows() -> list[Composition]:
+    """The rows of ``data_examples/multi_ref/heldout``."""
+    counts = Counts()
+    train = multi_ref_rows("train", counts.train, DATA_SEED)
+    return multi_ref_rows("heldout", counts.heldout, DATA_SEED, frozenset(train))
+
+
 def write_multi_ref(folder: Path, counts: Counts, seed: int) -> None:
     """Upstream's parquet: ``image_list`` (references, then the target) and ``instruction_list``."""
     train = multi_ref_rows("train", counts.train, seed)

@@ -29,10 +29,11 @@ import numpy as np
 import torch
 import yaml
 from example_scenes import DATA_SEED, Composition
+from german_instructions import SETTINGS, german
 from make_example_data import (
     Counts,
-    contact_sheet,
     encode,
+    heldout_rows,
     multi_ref_rows,
     write_edit,
     write_json,
@@ -40,7 +41,7 @@ from make_example_data import (
     write_t2i,
     write_vlm,
 )
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from echo4o.checkpoint.adapters import assets_of, load_bagel
 from echo4o.generate.pipeline import Echo4oPipeline
@@ -48,7 +49,7 @@ from echo4o.generate.pipeline import Echo4oPipeline
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "tiny_learning.yaml"
 TRAIN_ROWS = 6000
-SETTINGS = {"num_timesteps": 25, "cfg_text_scale": 2.0, "cfg_img_scale": 1.5, "preset": "multi_ref"}
+SETTINGS = {**SETTINGS, "preset": "multi_ref"}
 LIMIT = 0.6
 ROLES = {
     "shape": r"shape of image (\d)",
@@ -60,13 +61,6 @@ ROLES = {
 
 
 # ---------------------------------------------------------------- data and training
-
-
-def heldout_rows() -> list[Composition]:
-    """The rows of ``data_examples/multi_ref/heldout``."""
-    counts = Counts()
-    train = multi_ref_rows("train", counts.train, DATA_SEED)
-    return multi_ref_rows("heldout", counts.heldout, DATA_SEED, frozenset(train))
 
 
 def write_data(folder: Path) -> None:
@@ -155,7 +149,7 @@ def errors(pictures: Sequence[np.ndarray], rows: Sequence[Composition]) -> np.nd
     return np.array([np.abs(p.astype(float) - row.images()[-1].astype(float)).mean() for p, row in pairs])
 
 
-def measure(model: Path, out: Path, weights: str | None = None) -> dict:
+def measure(model: Path, out: Path, weights: str | None = None, language: str = "en") -> dict:
     """Draw the held-out rows three times, write a contact sheet and ``swap_ratios.json``, and return the numbers."""
     torch.manual_seed(0)
     pipe = Echo4oPipeline.from_pretrained(model, dtype="float32", device="cpu", weights=weights)
@@ -164,6 +158,8 @@ def measure(model: Path, out: Path, weights: str | None = None) -> dict:
     unlike = [
         rows[partner(rows, i, lambda a, b: meaning(a.instruction) != meaning(b.instruction))] for i in range(len(rows))
     ]
+    if language == "de":
+        rows, other, unlike = ([german(row) for row in some] for some in (rows, other, unlike))
     own = draw(pipe, [(row, row.instruction, row) for row in rows])
     swapped = draw(pipe, [(donor, row.instruction, row) for row, donor in zip(rows, other, strict=True)])
     reworded = draw(pipe, [(row, donor.instruction, row) for row, donor in zip(rows, unlike, strict=True)])
@@ -185,24 +181,24 @@ def measure(model: Path, out: Path, weights: str | None = None) -> dict:
 
 
 def write_sheet(path: Path, rows: Sequence[Composition], pictures: Sequence[np.ndarray], zoom: int = 2) -> None:
-    """The held-out rows as in the examples' contact sheet, and at the right what the model drew."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].references))[:: max(1, len(rows) // 12)]
-    strips = []
-    for i in order:
-        sheet = contact_sheet([rows[i]], zoom)
-        picture = Image.fromarray(pictures[i])
-        strip = Image.new("RGB", (sheet.width + 230, sheet.height), (246, 246, 246))
-        strip.paste(sheet)
-        strip.paste(
-            picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST), (sheet.width, 44)
-        )
-        strips.append(strip)
-    page = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), (246, 246, 246))
-    top = 0
-    for strip in strips:
-        page.paste(strip, (0, top))
-        top += strip.height
-    page.save(path)
+    """A third of the held-out rows: instruction, references, target, and what the model drew."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].references))[::3]
+    jobs = [(rows[i].images(), pictures[i], rows[i].instruction) for i in order]
+    step = max(max(image.shape[1] for image in images) for images, _, _ in jobs) * zoom + 16
+    heights = [48 + max(image.shape[0] for image in images) * zoom for images, _, _ in jobs]
+    page = Image.new("RGB", (16 + 6 * step, sum(heights)), (246, 246, 246))
+    pen, top = ImageDraw.Draw(page), 0
+    for (images, drawn, text), height in zip(jobs, heights, strict=True):
+        pen.text((16, top + 6), text, fill=(0, 0, 0))
+        labels = [*(f"image {place}" for place in range(1, len(images))), "target"]
+        cells = [*zip(range(len(images) - 1), labels, images, strict=False), (4, "target", images[-1])]
+        for column, label, pixels in [*cells, (5, "drawn", drawn)]:
+            picture = Image.fromarray(pixels)
+            pen.text((16 + column * step, top + 20), label, fill=(110, 110, 110))
+            picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+            page.paste(picture, (16 + column * step, top + 34))
+        top += height
+    page.save(path, optimize=True)
 
 
 # ---------------------------------------------------------------- keeping
@@ -230,13 +226,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "learning")
     parser.add_argument("--measure", type=Path, help="measure this model folder or checkpoint instead of training")
     parser.add_argument("--weights", choices=("ema", "model"), help="default: ema where there is one")
+    parser.add_argument("--language", choices=("en", "de"), default="en", help="of the held-out instructions")
     parser.add_argument("--keep", type=Path, help="write the model there, in bfloat16")
     arguments, flags = parser.parse_known_args()
     if arguments.measure is not None and flags:
         parser.error(f"unknown {flags[0]}; flags of `echo4o train` are passed on only when training")
     out = arguments.out.resolve()
     checkpoint = arguments.measure or train(out, flags)
-    numbers = measure(checkpoint, out, arguments.weights)
+    numbers = measure(checkpoint, out, arguments.weights, arguments.language)
     if arguments.keep is not None:
         keep(checkpoint, arguments.keep, numbers)
     print(json.dumps(numbers, indent=2))

@@ -1,25 +1,29 @@
 #!/usr/bin/env bash
-# ./scripts/quickstart.sh [--flag value ...]: install, fine-tune a tiny BAGEL on multi-reference data, show the result.
+# ./scripts/quickstart.sh [--flag value ...]: install, fine-tune a tiny BAGEL on multi-reference data, draw with it.
 # Takes a few minutes on two CPU cores, needs no GPU and downloads no weights. Extra flags go to `echo4o train`.
+#
+# The tiny model in data_examples composes pictures from references, on English instructions. Here it learns German ones.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/install.sh
 
 out=runs/quickstart
-model=$out/tiny_bagel
-if [[ ! -f $model/llm_config.json ]]; then
-    echo "== building a tiny BAGEL in $model"
-    "$PYTHON" scripts/make_tiny_bagel.py --out "$model"
-fi
+model=data_examples/tiny_bagel
+rm -rf "$out" # a finished run of an earlier call would leave nothing to train
+"$PYTHON" scripts/german_instructions.py --out "$out/data"
 
-# A finished run of an earlier call would leave nothing to train.
-rm -rf "$out/train"
+echo "== before: what the model draws from German instructions"
+"$PYTHON" -m echo4o.cli generate "$model" --requests "$out/data/requests.jsonl" --out "$out/before" --grid "$out/before.png"
+
 echo "== training: configs/tiny_cpu.yaml"
-"$PYTHON" -m echo4o.cli train configs/tiny_cpu.yaml --init_from "$model" \
+"$PYTHON" -m echo4o.cli train configs/tiny_cpu.yaml --dataset_config_file "$out/data/dataset.yaml" \
     --results_dir "$out/train" --checkpoint_dir "$out/train/checkpoints" "$@"
 
-checkpoint=$(find "$out/train/checkpoints" -mindepth 1 -maxdepth 1 -type d -name '[0-9]*' | sort | tail -n 1)
+checkpoint=$out/train/checkpoints/latest
+echo "== after: the same requests"
+"$PYTHON" -m echo4o.cli generate "$checkpoint" --requests "$out/data/requests.jsonl" --out "$out/after" --grid "$out/after.png"
 echo
-echo "checkpoint  $checkpoint"
-echo "metrics     $out/train/metrics.jsonl"
-echo "loss plot   $out/train/loss.png"
+echo "contact sheets  $out/before.png, $out/after.png"
+echo "checkpoint      $checkpoint"
+echo "metrics         $out/train/metrics.jsonl"
+echo "loss plot       $out/train/loss.png"

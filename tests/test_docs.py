@@ -12,6 +12,8 @@ from echo4o.cli import app
 from echo4o.config import ConfigError, RunConfig, load_config
 from echo4o.data.images import ImageTransform
 from echo4o.data.sources.multi_ref import MultiRefOptions
+from echo4o.generate.item import KEYS as REQUEST_KEYS
+from echo4o.generate.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "TRAIN.md", "EVAL.md")]
@@ -67,7 +69,7 @@ def load_settings(argv: list[str]) -> bool:
 def test_flags_in_the_documents_exist():
     pattern = re.compile(r"`(?:--)?([a-z]+(?:_[a-z0-9]+)+)(?: (?:True|False|[a-z0-9.]+))?`")
     keys = {field.name for kind in (MultiRefOptions, ImageTransform) for field in fields(kind)}
-    known = FLAGS | keys | set(DATA_NAMES.split())
+    known = FLAGS | keys | set(REQUEST_KEYS) | set(PRESETS) | set(DATA_NAMES.split())
     for document in DOCUMENTS:
         for name in pattern.findall(document.read_text(encoding="utf-8")):
             assert name in known, f"{document.name}: {name}"
@@ -88,6 +90,11 @@ def test_every_option_of_multi_reference_data_is_explained():
     for kind in (MultiRefOptions, ImageTransform):
         for field in fields(kind):
             assert f"`{field.name}" in text or f"{field.name}: " in text, field.name
+
+
+def test_every_setting_of_a_request_is_explained():
+    text = (ROOT / "EVAL.md").read_text(encoding="utf-8")
+    assert not [key for key in REQUEST_KEYS if f"`{key}`" not in text]
 
 
 def test_a_wrong_flag_would_be_found():

@@ -14,7 +14,7 @@ from PIL import Image
 
 from echo4o.generate.item import Item, RequestError
 from echo4o.generate.progress import RunProgress
-from echo4o.generate.request import Request
+from echo4o.generate.request import Request, sized_as_read
 
 if TYPE_CHECKING:
     from echo4o.generate.pipeline import Echo4oPipeline
@@ -38,9 +38,10 @@ class Drawn:
 
 def requests_of(item: Item) -> list[Request]:
     """One request a picture, or the one for the answer."""
+    settings = sized_as_read(item.settings, [part for part in item.parts if isinstance(part, int)])
     return [
         Request(
-            tuple(item.elements), item.settings, item.height, item.width, item.think, item.understand, item.seed + i
+            tuple(item.elements), settings, item.height, item.width, item.think, item.understand, item.seed + i
         )
         for i in range(item.num_images)
     ]

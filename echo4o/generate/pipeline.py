@@ -8,6 +8,7 @@ out.images[0].save("out.png")
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from echo4o.generate.context import Addition, Context, Markers, Piece, Reader, T
 from echo4o.generate.drawing import OnStep, draw
 from echo4o.generate.encoding import ImageEncoder, decode
 from echo4o.generate.presets import preset
-from echo4o.generate.request import ImageLike, Output, Request
+from echo4o.generate.request import ImageLike, Output, Request, sized_as_read
 from echo4o.generate.state import State
 from echo4o.generate.writing import write
 from echo4o.model import Bagel
@@ -208,7 +209,9 @@ class Echo4oPipeline:
         # A prompt that names no place is kept to the letter, spaces included: upstream's tokens.
         if all(isinstance(part, int) for part in parts[:-1]) and "<image" not in prompt.lower():
             parts = [*range(len(images)), prompt]
-        return self.request([part if isinstance(part, str) else images[part] for part in parts], name, **keywords)
+        request = self.request([part if isinstance(part, str) else images[part] for part in parts], name, **keywords)
+        order = [part for part in parts if isinstance(part, int)]
+        return replace(request, settings=sized_as_read(request.settings, order))
 
     def request(self, elements: Sequence[str | ImageLike], name: str, **keywords: Any) -> Request:
         """A request with a preset's settings; keywords are fields of `Request` or settings."""

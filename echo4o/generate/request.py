@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,15 @@ class Output:
     images: list[Image.Image]
     texts: list[str]
     info: list[dict[str, Any]]
+
+
+def sized_as_read(settings: Settings, order: Sequence[int]) -> Settings:
+    """``size_from`` N means image N; a request counts its images as they are read.
+
+    Args:
+        order: numbers (from 0) of the images, in the order they are read.
+    """
+    number = settings.size_from
+    if not isinstance(number, int) or number - 1 not in order:
+        return settings
+    return replace(settings, size_from=list(order).index(number - 1) + 1)

@@ -115,6 +115,8 @@ def test_output_size(pipe: Echo4oPipeline, two: list[Image.Image]) -> None:
     assert size() == size(size_from="last") == size(size_from=2) == sizes[1]
     assert size(size_from="first") == size(size_from=1) == sizes[0]
     assert size(height=32, width=48) == (48, 32)
+    swapped = pipe("<image 2> on <image 1>", two, num_timesteps=2, size_from=2)
+    assert swapped.images[0].size == sizes[1], "size_from names image 2, though it is read first"
     side = pipe.model.config.max_latent_size * pipe.model.config.latent_downsample
     assert pipe("nothing seen", num_timesteps=2).images[0].size == (side, side)
 
