@@ -40,9 +40,7 @@ def requests_of(item: Item) -> list[Request]:
     """One request a picture, or the one for the answer."""
     settings = sized_as_read(item.settings, [part for part in item.parts if isinstance(part, int)])
     return [
-        Request(
-            tuple(item.elements), settings, item.height, item.width, item.think, item.understand, item.seed + i
-        )
+        Request(tuple(item.elements), settings, item.height, item.width, item.think, item.understand, item.seed + i)
         for i in range(item.num_images)
     ]
 

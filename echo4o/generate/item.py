@@ -214,7 +214,7 @@ def _placed(prompt: str, num_images: int, inline: bool) -> list[str | int]:
         return list(split_inline(prompt, num_images))
     except RowError as error:
         raise RequestError(
-            f"{error} Give as many images as the prompt names; inline false (--no-inline) reads it literally."
+            f"{error}. Give as many images as the prompt names; inline false (--no-inline) reads it literally."
         ) from error
 
 

@@ -163,9 +163,9 @@ class Echo4oPipeline:
         return self.batch(requests, on_step)
 
     def understand(self, question: str, images: Sequence[ImageLike] = (), think: bool = False, **overrides: Any) -> str:
-        """Answer a question about images."""
+        """Answer a question about images, which come in front of it or where ``<image N>`` puts them."""
         overrides = {"max_think_tokens": 512, **overrides}
-        request = self.request([*images, question], "understand", think=think, understand=True, **overrides)
+        request = self.prompt_request(question, images, "understand", think=think, understand=True, **overrides)
         return self.batch([request]).info[0]["text"]
 
     def interleave(
@@ -204,7 +204,7 @@ class Echo4oPipeline:
             parts = split_inline(prompt, len(images))
         except RowError as error:
             raise ValueError(
-                f"{error} Give as many images as the prompt names, or pass inline=False to read it literally."
+                f"{error}. Give as many images as the prompt names, or pass inline=False to read it literally."
             ) from error
         # A prompt that names no place is kept to the letter, spaces included: upstream's tokens.
         if all(isinstance(part, int) for part in parts[:-1]) and "<image" not in prompt.lower():

@@ -65,6 +65,8 @@ def test_images_may_be_files(pipe: Echo4oPipeline, two: list[Image.Image], tmp_p
     expected = latents(pipe(PROMPT, two, **FEW))
     assert torch.equal(latents(pipe(PROMPT, [str(path) for path in paths], **FEW)), expected)
     assert torch.equal(latents(pipe(PROMPT, [paths[0], paths[1].read_bytes()], **FEW)), expected)
+    answers = [pipe.understand("what?", [image], max_think_tokens=8) for image in (two[0], str(paths[0]))]
+    assert answers[0] == answers[1]
     with pytest.raises(ValueError, match="image missing: missing.png"):
         pipe(PROMPT, ["missing.png"])
     paths[0].write_bytes(paths[0].read_bytes()[:200])
