@@ -138,7 +138,7 @@ def test_guidance_differences_are_used_again(pipe: Echo4oPipeline, two, monkeypa
     assert 0 < ((latents[0] - latents[1]).norm() / latents[1].norm()).item() < 0.2
     branches.clear()
     pipe(PROMPT, two, num_timesteps=20, branch_cache=3, taylorseer=True)
-    # The full branch follows the forecasts' schedule; guidance branches are due in every third step, five times at first.
+    # The full branch follows the forecasts' schedule; the others are due in every third step, five times at first.
     assert branches[:5] == [3, 1, 1, 3, 1] and sum(branches) == 19
 
 
