@@ -10,6 +10,7 @@ requests.jsonl, request_images/    six held-out instructions with their referenc
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from make_example_data import (
     write_jsonl,
     write_parquet,
 )
+
+from echo4o.generate.contact_sheet import Row, write_contact_sheet
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 400
@@ -100,10 +103,28 @@ def write_requests(folder: Path) -> None:
     write_jsonl(folder / "requests.jsonl", lines)
 
 
+def write_sheet(folder: Path, before: Path, after: Path, path: Path) -> None:
+    """References and what was drawn from them before and after training, in one picture."""
+    rows = []
+    for line in (folder / "requests.jsonl").read_text(encoding="utf-8").splitlines():
+        request = json.loads(line)
+        references = [folder / name for name in request["images"]]
+        results = [drawn / f"{request['id']}.png" for drawn in (before, after)]
+        rows.append(Row(request["prompt"], references, results, labels=("before", "after")))
+    write_contact_sheet(rows, path, cell=160)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[2])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--sheet", type=Path, help="instead: write this picture of the results in --before and --after")
+    parser.add_argument("--before", type=Path, help="results of `echo4o generate --requests` before training")
+    parser.add_argument("--after", type=Path, help="and after it")
     arguments = parser.parse_args()
+    if arguments.sheet is not None:
+        if arguments.before is None or arguments.after is None:
+            parser.error("--sheet needs --before and --after")
+        return write_sheet(arguments.out, arguments.before, arguments.after, arguments.sheet)
     write_rows(arguments.out)
     write_requests(arguments.out)
     print(f"{arguments.out}: {ROWS} rows, dataset.yaml, requests.jsonl")

@@ -42,6 +42,7 @@ from make_example_data import (
     write_vlm,
 )
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
 from echo4o.checkpoint.adapters import assets_of, load_bagel
 from echo4o.generate.pipeline import Echo4oPipeline
@@ -206,18 +207,17 @@ def write_sheet(path: Path, rows: Sequence[Composition], pictures: Sequence[np.n
 
 def keep(checkpoint: Path, folder: Path, numbers: dict) -> None:
     """The model as a BAGEL folder of its own, weights in bfloat16; its autoencoder is a link to the examples' one."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
     model, assets = load_bagel(checkpoint, dtype=torch.float32), assets_of(checkpoint)
     tables = set(model.table_names())
     state = {n: t.to(torch.bfloat16).contiguous() for n, t in model.state_dict().items() if n not in tables}
     save_file(state, folder / "ema.safetensors", metadata={"format": "pt"})
-    for path in Path(assets).glob("*.json"):
-        if path.name.startswith(("config", "llm_config", "vit_config", "generation", "tokenizer", "vocab")):
-            shutil.copyfile(path, folder / path.name)
-    shutil.copyfile(Path(assets) / "merges.txt", folder / "merges.txt")
-    shutil.copyfile(ROOT / "data_examples" / "tiny_vae" / "ae.safetensors", folder / "ae.safetensors")
+    (folder / "ema.safetensors").chmod(0o644)
+    for name in ("config.json", "llm_config.json", "vit_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(assets / name, folder / name)
+    vae = ROOT / "data_examples" / "tiny_vae" / "ae.safetensors"
+    (folder / "ae.safetensors").unlink(missing_ok=True)
+    (folder / "ae.safetensors").symlink_to(os.path.relpath(vae, folder))
     write_json(folder / "learning.json", numbers)
 
 

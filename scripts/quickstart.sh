@@ -13,7 +13,7 @@ rm -rf "$out" # a finished run of an earlier call would leave nothing to train
 "$PYTHON" scripts/german_instructions.py --out "$out/data"
 
 echo "== before: what the model draws from German instructions"
-"$PYTHON" -m echo4o.cli generate "$model" --requests "$out/data/requests.jsonl" --out "$out/before" --grid "$out/before.png"
+"$PYTHON" -m echo4o.cli generate "$model" --requests "$out/data/requests.jsonl" --out "$out/before"
 
 echo "== training: configs/tiny_cpu.yaml"
 "$PYTHON" -m echo4o.cli train configs/tiny_cpu.yaml --dataset_config_file "$out/data/dataset.yaml" \
@@ -21,9 +21,11 @@ echo "== training: configs/tiny_cpu.yaml"
 
 checkpoint=$out/train/checkpoints/latest
 echo "== after: the same requests"
-"$PYTHON" -m echo4o.cli generate "$checkpoint" --requests "$out/data/requests.jsonl" --out "$out/after" --grid "$out/after.png"
+"$PYTHON" -m echo4o.cli generate "$checkpoint" --requests "$out/data/requests.jsonl" --out "$out/after"
+"$PYTHON" scripts/german_instructions.py --out "$out/data" --sheet "$out/before_after.png" \
+    --before "$out/before" --after "$out/after"
 echo
-echo "contact sheets  $out/before.png, $out/after.png"
+echo "contact sheet   $out/before_after.png"
 echo "checkpoint      $checkpoint"
 echo "metrics         $out/train/metrics.jsonl"
 echo "loss plot       $out/train/loss.png"
