@@ -197,6 +197,7 @@ def generate(
     }  # fmt: skip
 
     def work() -> int:
+        _let_threads_rest()
         from echo4o.generate import command  # torch: seconds
 
         given = {name: value for name, value in values.items() if value is not None}
@@ -221,6 +222,7 @@ def web_page(
     """Show the web page of a model: draw from text or references, edit, ask."""
 
     def work() -> None:
+        _let_threads_rest()
         from echo4o.app import serve
         from echo4o.generate.command import ModelOptions  # torch: seconds
 
@@ -261,9 +263,7 @@ def run_training(argv: Sequence[str]) -> int:
         typer.echo(f"{TRAIN_USAGE}\n{flag_help()}")
         return 0
 
-    # Idle threads of torch's CPU kernels wait by spinning. On two cores a long spin is 10 % faster than a short one if
-    # nothing else runs, and several times slower if anything does. Read once, when torch is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    _let_threads_rest()
     # What sockets and stores say when a rank is gone: our own message is the readable one.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
@@ -274,6 +274,12 @@ def run_training(argv: Sequence[str]) -> int:
         start(config)
 
     return _report_errors(work)
+
+
+def _let_threads_rest() -> None:
+    """Idle threads of torch's CPU kernels wait by spinning. On two cores a long spin is 10 % faster than a short one if
+    nothing else runs, and several times slower if anything does. Read once, when torch is loaded."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _report_errors(work: Callable[[], int | None], also: tuple[type[Exception], ...] = ()) -> int:
