@@ -62,8 +62,22 @@ def test_a_model_that_uses_both(monkeypatch, tmp_path):
     assert max(ratios(monkeypatch, tmp_path, picture)) == 0.0
 
 
+def test_rows_that_training_has_in_other_words_are_left_out():
+    unseen = prove_learning.unseen_rows()
+    assert 0.8 * len(heldout_rows()) < len(unseen) < len(heldout_rows())
+    pictures = {tuple(image.tobytes() for image in row.images()) for row in prove_learning.train_rows()[::20]}
+    assert not pictures & {tuple(image.tobytes() for image in row.images()) for row in unseen}
+
+
+def test_a_copy_of_the_best_reference_is_known():
+    rows = heldout_rows()[:6]
+    copies = prove_learning.best_copies(rows)
+    firsts = [np.asarray(Image.fromarray(r.images()[0]).resize(r.target[1])) for r in rows]
+    assert (copies <= prove_learning.errors(firsts, rows)).all() and (copies > 0).all()
+
+
 def test_every_row_has_partners_that_differ():
-    rows = heldout_rows()
+    rows = prove_learning.unseen_rows()
     for number, row in enumerate(rows):
         place = prove_learning.partner(
             rows, number, lambda a, b: prove_learning.meaning(a.instruction) != prove_learning.meaning(b.instruction)

@@ -7,7 +7,8 @@ an image appends rows; a branch that starts with the same texts and images as an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -84,10 +85,15 @@ Piece = Text | VitImage | LatentImage
 
 @dataclass(frozen=True)
 class Addition:
-    """A piece read after a context, or after an earlier addition of the same call (its number)."""
+    """A piece read after a context, or after an earlier addition of the same call (its number).
+
+    Attributes:
+        at: first of its rows, in a block from `KVPool.allocate`; by default they are appended to the pool.
+    """
 
     after: Context | int
     piece: Piece
+    at: int | None = None
 
 
 class KVPool:
@@ -126,9 +132,15 @@ class KVPool:
                 pool[layer] = old.new_empty(capacity, *old.shape[1:])
                 pool[layer][: self.length] = old[: self.length]
 
+    def allocate(self, num_rows: int) -> int:
+        """Set rows aside, to be written by later additions; returns the first one."""
+        self.reserve(num_rows)
+        self.length += num_rows
+        return self.length - num_rows
+
 
 class _PoolAttention:
-    """Attention of the layers in turn: writes the new rows behind the pool's, then attends to ranges of the pool."""
+    """Attention of the layers in turn: writes the new rows into the pool, then attends to ranges of it."""
 
     def __init__(self, pool: KVPool, layout: Pass) -> None:
         self.pool, self.layout, self.layer = pool, layout, 0
@@ -141,8 +153,7 @@ def _attend(to: _PoolAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     pool, plan = to.pool, to.layout.plan
     keys, values = pool.keys[to.layer], pool.values[to.layer]
     to.layer += 1
-    rows = slice(pool.length, pool.length + k.shape[0])
-    keys[rows], values[rows] = k, v
+    keys[to.layout.rows], values[to.layout.rows] = k, v
     q = q.to(keys.dtype)
     return attend_ranges(to.layout.splits, q, keys, values) if plan is None else plan(q, keys, values)
 
@@ -156,6 +167,7 @@ class Pass:
 
     Attributes:
         after: contexts after each piece.
+        rows: of the pool, where the new tokens' keys go; `num_appended` of them lie behind its end.
         plan: prepared attention on a GPU; None on a CPU.
         latents, times: latent tokens of all images in the pass, and each image's time.
     """
@@ -163,6 +175,8 @@ class Pass:
     pieces: tuple[Piece, ...]
     after: tuple[Context, ...]
     splits: tuple[Split, ...]
+    rows: slice | Tensor
+    num_appended: int
     batch: PackedBatch
     plan: Attention | None
     latents: Tensor | None
@@ -207,13 +221,13 @@ class Reader:
         """
         contexts: list[Context] = []
         hidden: list[Tensor] = []
-        self.pool.reserve(sum(addition.piece.num_tokens for addition in additions))
+        self.pool.reserve(sum(addition.piece.num_tokens for addition in additions if addition.at is None))
         for chunk in self.chunks(additions):
             known = len(contexts)
-            layout = self.plan([Addition(_context(a.after, contexts, known), a.piece) for a in chunk])
+            layout = self.plan([replace(a, after=_context(a.after, contexts, known)) for a in chunk])
             attend = _PoolAttention(self.pool, layout)
             states = self.model.hidden_states(layout.batch, layout.latents, layout.times, attend)
-            self.pool.length += layout.num_tokens
+            self.pool.length += layout.num_appended
             contexts += layout.after
             hidden += states.split([piece.num_tokens for piece in layout.pieces])
         return contexts, hidden
@@ -226,7 +240,7 @@ class Reader:
             latents: (n, p·p·C) latent tokens of all the pass's images.
             times: (images,) their times.
         """
-        self.pool.reserve(layout.num_tokens)
+        self.pool.reserve(layout.num_appended)
         features = self.model.latent_features(layout.batch, latents, times, _PoolAttention(self.pool, layout))
         return list(features.split([piece.num_tokens - 2 for piece in layout.pieces]))
 
@@ -247,14 +261,18 @@ class Reader:
             yield chunk
 
     def plan(self, additions: Sequence[Addition]) -> Pass:
-        """Lay out a forward pass whose rows come behind the pool's."""
+        """Lay out a forward pass."""
         before: list[Context] = []
         after: list[Context] = []
-        splits, at = [], 0
+        splits, at, free = [], 0, self.pool.length
+        own_rows: list[Range] = []
         for number, addition in enumerate(additions):
             before.append(after[addition.after] if isinstance(addition.after, int) else addition.after)
             end = at + addition.piece.num_tokens
-            own = (self.pool.length + at, self.pool.length + end)
+            start = free if addition.at is None else addition.at
+            own = (start, start + addition.piece.num_tokens)
+            free = own[1] if addition.at is None else free
+            own_rows.append(own)
             after.append(before[-1].followed_by(own, addition.piece.num_positions))
             mode = "causal" if isinstance(addition.piece, Text) else "full"
             splits.append(Split(at, end, mode, number, after[-1].ranges))
@@ -264,7 +282,15 @@ class Reader:
         plan = None
         if (device := self.model.device).type != "cpu":
             plan = FlashPlan(splits, device, find_varlen_attention() or sdpa_varlen)
-        return Pass(pieces, tuple(after), tuple(splits), batch, plan, latents, times)
+        rows = self._rows(own_rows)
+        num_appended = free - self.pool.length
+        return Pass(pieces, tuple(after), tuple(splits), rows, num_appended, batch, plan, latents, times)
+
+    def _rows(self, ranges: Sequence[Range]) -> slice | Tensor:
+        """A slice where the ranges follow each other, else an index."""
+        if all(one[1] == other[0] for one, other in pairwise(ranges)):
+            return slice(ranges[0][0], ranges[-1][1])
+        return torch.cat([torch.arange(*rows) for rows in ranges]).to(self.model.device)
 
     def _pack(self, pieces: Sequence[Piece], ropes: Sequence[int]) -> tuple[PackedBatch, Tensor | None, Tensor | None]:
         """The new tokens as a packed batch, latent tokens, and the time of each latent image."""

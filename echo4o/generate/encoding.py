@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Generator, Tensor
 
 from echo4o.data.images import ImageTransform, open_image, to_rgb, to_tensor
@@ -39,7 +39,8 @@ class ImageEncoder:
         """
         key = _key(element)
         if key not in self._resized:
-            image = to_rgb(element) if isinstance(element, Image.Image) else open_image(element)
+            is_open = isinstance(element, Image.Image)
+            image = to_rgb(ImageOps.exif_transpose(element)) if is_open else open_image(element)
             size = self.vae_transform.target_size(*image.size)
             self._resized[key] = image.resize(size, Image.Resampling.BICUBIC)
         return self._resized[key]

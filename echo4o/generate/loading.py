@@ -56,6 +56,8 @@ def load(
     """
     check_kind(quantize)
     check_place(offload, quantized=quantize is not None)
+    if quantize == "nf4" and offload is not None:
+        raise LoadingError("nf4 weights cannot move between devices: use offload with int8, or nf4 without offload")
     device = torch.device(device)
     source = _source(Path(folder), weights, base)
     model = source.model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)

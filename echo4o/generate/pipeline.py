@@ -44,6 +44,7 @@ THINK_BEFORE_IMAGE = (
     "i.e. <think> planning process here </think> image here"
 )
 DEFAULT_SIZE = (1024, 1024)
+TEXT_PART = 2048  # tokens
 
 
 class Echo4oPipeline:
@@ -118,7 +119,7 @@ class Echo4oPipeline:
         model.set_attention_kernel("auto")
         vae = AutoEncoder.from_pretrained(assets, device=device) if model.config.visual_gen else None
         config = model.config
-        side = config.max_latent_size * config.latent_downsample
+        side = config.max_latent_size * (config.latent_downsample or 16)
         vit = config.vit_max_num_patch_per_side * (config.vit.patch_size if config.vit else 14)
         # BAGEL's published transforms, within what the position tables of a smaller model hold.
         vae_transform = (min(1024, side), min(512, side // 2), config.latent_downsample or 16)
@@ -158,6 +159,8 @@ class Echo4oPipeline:
             ValueError: for an empty prompt, an impossible size, an unknown preset or a placeholder without image.
             TypeError: for an unknown setting.
         """
+        if num_images > 1 and overrides.get("noise") is not None:
+            raise ValueError("with noise of your own all pictures would be the same: ask for one at a time")
         shared = {"height": height, "width": width, "think": think, "inline": inline, **overrides}
         requests = [self.prompt_request(prompt, images, preset, seed=seed + i, **shared) for i in range(num_images)]
         return self.batch(requests, on_step)
@@ -218,6 +221,8 @@ class Echo4oPipeline:
         if not any(isinstance(element, str) and element.strip() for element in elements):
             raise ValueError("a request needs a text: pass a prompt")
         own = {key: keywords.pop(key) for key in list(keywords) if key in Request.__annotations__}
+        if name == "understand" and not own.get("understand"):
+            raise ValueError("the preset understand draws nothing: call understand(), or pass understand=True")
         return Request(tuple(elements), settings=preset(name).changed(**keywords), **own)
 
     # ------------------------------------------------------------ the run
@@ -225,6 +230,8 @@ class Echo4oPipeline:
     @torch.no_grad()
     def batch(self, requests: Sequence[Request], on_step: OnStep | None = None) -> Output:
         """All requests in one packed run: the same results as one by one."""
+        for request in requests:
+            self._check(request)
         reader = Reader(self.model, self.markers)
         states = [State(request, torch.Generator().manual_seed(request.seed)) for request in requests]
         additions: list[Addition] = []
@@ -243,6 +250,15 @@ class Echo4oPipeline:
         numbers = iter(range(len(images)))
         info = [self._info(state, None if state.request.understand else next(numbers)) for state in states]
         return Output(images, [state.text for state in states if state.text], info)
+
+    def _check(self, request: Request) -> None:
+        """Raises ValueError for what this model cannot do."""
+        config = self.model.config
+        if not request.understand and (not config.visual_gen or self.vae is None):
+            raise ValueError("this model has no generation branch (visual_gen is False): it can only answer in text")
+        has_images = any(not isinstance(element, str) for element in request.elements)
+        if request.understand and has_images and not config.visual_und:
+            raise ValueError("this model has no vision encoder (visual_und is False): it cannot be asked about images")
 
     def _text(self, text: str) -> Text:
         return Text((self.markers.bos_token_id, *self.tokenizer.encode(text), self.markers.eos_token_id))
@@ -267,9 +283,15 @@ class Echo4oPipeline:
         """Append a request's elements to `additions`; where its full, text-less and image-less contexts end."""
         request = state.request
 
-        def add(after: Context | int, piece: Piece) -> int:
-            additions.append(Addition(after, piece))
-            return len(additions) - 1
+        def add(after: Context | int, piece: Piece) -> Context | int:
+            # A long text is read in parts: a causal pass over all of it takes memory of its length squared.
+            parts: list[Piece] = [piece]
+            if isinstance(piece, Text) and piece.num_tokens > TEXT_PART:
+                parts = [Text(piece.ids[start : start + TEXT_PART]) for start in range(0, piece.num_tokens, TEXT_PART)]
+            for part in parts:
+                additions.append(Addition(after, part))
+                after = len(additions) - 1
+            return after
 
         full: Context | int = Context()
         no_text, no_image = full, full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 
@@ -35,12 +36,14 @@ class Settings:
     branch_cache: int = 1
 
     def __post_init__(self) -> None:
-        if self.do_sample and self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0, or set do_sample to False")
+        if self.do_sample and not 1e-3 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0.001 or more, or set do_sample to False")
         if self.num_timesteps < 2:
             raise ValueError(f"num_timesteps is {self.num_timesteps}; it must be at least 2")
-        if self.timestep_shift <= 0:
-            raise ValueError(f"timestep_shift is {self.timestep_shift}; it must be above 0")
+        if not 0 < self.timestep_shift < math.inf:
+            raise ValueError(f"timestep_shift is {self.timestep_shift}; it must be above 0 and finite")
+        if isinstance(self.size_from, str) and self.size_from not in ("first", "last"):
+            raise ValueError(f"size_from is {self.size_from!r}; use first, last or the number of a reference")
         for name in ("max_think_tokens", "branch_cache"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

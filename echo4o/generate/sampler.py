@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,9 @@ class Guidance:
             raise ValueError(
                 f"unknown cfg_renorm_type {self.cfg_renorm_type!r}; choose one of {', '.join(RENORM_TYPES)}"
             )
+        for name in ("cfg_text_scale", "cfg_img_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number")
         low, high = self.cfg_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"cfg_interval {self.cfg_interval} must be two times with 0 ≤ low ≤ high ≤ 1")
@@ -45,7 +49,8 @@ class Guidance:
 
     def scales_at(self, t: float) -> tuple[float, float]:
         """(text, image) scales at shifted time t."""
-        low, high = self.cfg_interval
+        # Upstream compares float32 times: at a tie in double precision the limits would be others.
+        low, high = (float(torch.tensor(limit, dtype=torch.float32)) for limit in self.cfg_interval)
         return (self.cfg_text_scale, self.cfg_img_scale) if low < t <= high else (1.0, 1.0)
 
     def branches_at(self, t: float) -> tuple[bool, bool]:

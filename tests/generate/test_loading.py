@@ -219,6 +219,7 @@ def test_temporary_folder_goes_with_the_model(folder, tmp_path, monkeypatch):
         ({"quantize": "int3"}, "int8, nf4"),
         ({"offload": "tape"}, "cpu, disk, auto"),
         ({"quantize": "int8", "offload": "disk"}, "offload cpu with quantize"),
+        ({"quantize": "nf4", "offload": "cpu"}, "nf4 without offload"),
         ({"offload": "auto", "max_memory": {1: "1GiB"}}, "name cpu"),
         ({"offload": "auto", "max_memory": {"cpu": "lots"}}, "20GiB"),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor
 from echo4o.generate.context import Reader
 from echo4o.generate.drawing import draw
 from echo4o.generate.pipeline import Echo4oPipeline
-from echo4o.generate.sampler import shifted_schedule
+from echo4o.generate.sampler import Guidance, shifted_schedule
 from echo4o.model import Bagel
 from echo4o.model.vae import AutoEncoder
 
@@ -159,3 +159,15 @@ def test_schedule_is_the_published_one() -> None:
     assert len(steps) == 49 and steps.sum().item() == pytest.approx(1.0)
     assert steps[0].item() == pytest.approx(0.0069, abs=1e-4) and steps[-1].item() == pytest.approx(0.0588, abs=1e-4)
     assert sum(0.4 < t <= 1.0 for t in times[:-1].tolist()) == 41
+
+
+@pytest.mark.parametrize(
+    ("num_timesteps", "shift", "interval"),
+    [(50, 3.0, (0.4, 1.0)), (12, 3.0, (0.4, 1.0)), (11, 1.0, (0.4, 0.8)), (21, 1.0, (0.0, 0.6))],
+)
+def test_guidance_acts_at_the_references_steps(num_timesteps: int, shift: float, interval: tuple) -> None:
+    """Upstream compares a float32 tensor with the limits."""
+    guidance = Guidance(4.0, 2.0, interval)
+    for t in shifted_schedule(num_timesteps, shift)[:-1]:
+        active = bool(t > interval[0]) and bool(t <= interval[1])
+        assert guidance.scales_at(float(t)) == ((4.0, 2.0) if active else (1.0, 1.0)), float(t)

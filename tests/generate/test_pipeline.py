@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -108,6 +109,65 @@ def test_sampled_text_does_not_depend_on_the_batch(pipe: Echo4oPipeline, two: li
     assert len(set(together)) > 1
 
 
+def test_texts_written_together_lie_in_few_places(pipe: Echo4oPipeline, monkeypatch) -> None:
+    """Rows of texts that interleave token by token would make every token attend to as many ranges as there are."""
+    plans, pools = [], []
+    plan = Reader.plan
+
+    def watch(self, additions):
+        pools.append(self.pool)
+        plans.append(plan(self, additions))
+        return plans[-1]
+
+    def endless(self, hidden):
+        logits = self.model.language_model.lm_head(hidden).float()
+        logits[:, self.markers.eos_token_id] = float("-inf")
+        return logits
+
+    monkeypatch.setattr(Reader, "logits", endless)
+    asked = {"max_think_tokens": 300, "do_sample": True, "temperature": 5.0, "understand": True}
+    requests = [pipe.request([f"question {seed}"], "understand", seed=seed, **asked) for seed in range(3)]
+    alone = [pipe.batch([request]).info[0]["text"] for request in requests]
+    monkeypatch.setattr(Reader, "plan", watch)
+    together = [info["text"] for info in pipe.batch(requests).info]
+    assert together == alone
+    assert max(len(split.key_ranges) for layout in plans for split in layout.splits) <= 5  # blocks of 64, 128, 256
+    assert pools[-1].length == sum(info["context_tokens"]["full"] for info in pipe.batch(requests).info)
+
+
+def test_a_long_text_is_read_in_parts(pipe: Echo4oPipeline, monkeypatch) -> None:
+    whole = latents(pipe("a long story " * 12, height=32, width=32, **FEW))
+    monkeypatch.setattr("echo4o.generate.pipeline.TEXT_PART", 16)
+    torch.testing.assert_close(
+        latents(pipe("a long story " * 12, height=32, width=32, **FEW)), whole, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("missing", ["visual_gen", "visual_und"])
+def test_models_without_a_branch(pipe: Echo4oPipeline, tmp_path, missing: str) -> None:
+    folder = write_bagel(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, missing: False}))
+    partial = Echo4oPipeline.from_pretrained(folder, dtype="float32", device="cpu")
+    if missing == "visual_gen":
+        assert partial.understand("what?", [picture(1)], max_think_tokens=4) is not None
+        with pytest.raises(ValueError, match="it can only answer in text"):
+            partial("a cat", height=32, width=32)
+    else:
+        assert partial("on it", [picture(1)], num_timesteps=2).images
+        with pytest.raises(ValueError, match="cannot be asked about images"):
+            partial.understand("what?", [picture(1)])
+
+
+def test_pictures_lie_as_their_exif_says(pipe: Echo4oPipeline, tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    path = tmp_path / "turned.png"
+    picture(1, 128, 64).save(path, exif=exif)
+    as_path, opened = (pipe("it", [image], num_timesteps=2).images[0].size for image in (path, Image.open(path)))
+    assert as_path == opened and as_path[0] < as_path[1]
+
+
 def test_output_size(pipe: Echo4oPipeline, two: list[Image.Image]) -> None:
     def size(**keywords):
         return pipe(PROMPT, two, num_timesteps=2, **keywords).images[0].size
@@ -137,6 +197,11 @@ def test_output_size(pipe: Echo4oPipeline, two: list[Image.Image]) -> None:
         ({"num_timesteps": 1}, "at least 2"),
         ({"branch_cache": 0}, "at least 1"),
         ({"top_p": 0.0}, "top_p"),
+        ({"timestep_shift": float("nan")}, "above 0 and finite"),
+        ({"cfg_text_scale": float("inf")}, "finite"),
+        ({"do_sample": True, "temperature": 1e-44}, "temperature"),
+        ({"preset": "understand"}, "draws nothing"),
+        ({"num_images": 2, "noise": torch.zeros(6, 64)}, "same"),
     ],
 )
 def test_impossible_settings(pipe: Echo4oPipeline, two: list[Image.Image], keywords: dict, message: str) -> None:
