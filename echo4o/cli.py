@@ -137,7 +137,7 @@ def generate(
     think: Annotated[bool | None, _option("Let the model plan in words first.", "--think/--no-think")] = None,
     understand: Annotated[bool, _option("Answer in text instead of drawing.", "--understand")] = False,
     no_inline: Annotated[bool, _option("Leave <image N> in the text.", "--no-inline")] = False,
-    like: Annotated[Path | None, _option("Take all of this from a picture drawn before.")] = None,
+    like: Annotated[Path | None, _option("Take all of this from a picture drawn before, references too.")] = None,
     out: Annotated[Path | None, _many("Default out.png; for several out_0.png …; NAME.txt for an answer.")] = None,
     grid: Annotated[Path | None, _many("Contact sheet: references beside results.")] = None,
     requests: Annotated[Path | None, _many("JSONL file, a request a line; --out is a folder then.")] = None,
@@ -199,9 +199,12 @@ def generate(
     def work() -> int:
         _let_threads_rest()
         from echo4o.generate import command  # torch: seconds
+        from echo4o.generate.item import printable
 
         given = {name: value for name, value in values.items() if value is not None}
-        return command.generate(command.ModelOptions(model, **options), given, **files, say=typer.echo)
+        return command.generate(
+            command.ModelOptions(model, **options), given, **files, say=lambda text: typer.echo(printable(text))
+        )
 
     raise typer.Exit(_report_errors(work, also=(ValueError, OSError)))
 

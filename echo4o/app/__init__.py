@@ -69,6 +69,7 @@ def serve(
     options = ModelOptions(
         Path(model), dtype, device, weights, Path(base) if base is not None else None, quantize, offload
     )
+    options.check_device()
     name = options.name()
     launch(build(options.load(), model=name), host=host, port=port, share=share)
 

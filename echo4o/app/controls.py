@@ -10,6 +10,7 @@ import gradio as gr
 from echo4o.app.parameters import (
     CUSTOM,
     MAX_SEED,
+    NUMBERS,
     PRESET_LABELS,
     Limits,
     preset_values,
@@ -50,25 +51,25 @@ def drawing_controls(task: str, limits: Limits, num_references: int | None) -> C
             made["size"] = gr.Dropdown(sizes, value=sizes[0][1], label="Size", min_width=120, elem_id=f"{task}_size")
         with gr.Row(visible=False) as custom:
             side = min(1024, limits.side)
-            made["width"] = _slider("Width (px)", limits.stride, limits.side, limits.stride, side)
-            made["height"] = _slider("Height (px)", limits.stride, limits.side, limits.stride, side)
+            made["width"] = _slider("width", limits.stride, limits.side, limits.stride, side)
+            made["height"] = _slider("height", limits.stride, limits.side, limits.stride, side)
         _seed_row(task, made)
         with gr.Row():
-            made["num_images"] = _slider("Pictures", 1, 8, 1, 1, f"{task}_num_images")
-            made["num_timesteps"] = _slider("Time steps", 2, 100, 1, start["num_timesteps"], f"{task}_num_timesteps")
+            made["num_images"] = _slider("num_images", 1, 8, 1, 1, f"{task}_num_images")
+            made["num_timesteps"] = _slider("num_timesteps", 2, 100, 1, start["num_timesteps"], f"{task}_num_timesteps")
         with gr.Row():
-            made["cfg_text_scale"] = _slider("Text guidance", 1, 10, 0.1, start["cfg_text_scale"])
-            made["cfg_img_scale"] = _slider("Image guidance", 1, 5, 0.1, start["cfg_img_scale"])
+            made["cfg_text_scale"] = _slider("cfg_text_scale", 1, 10, 0.1, start["cfg_text_scale"])
+            made["cfg_img_scale"] = _slider("cfg_img_scale", 1, 5, 0.1, start["cfg_img_scale"])
         with gr.Row():
-            made["interval_from"] = _slider("Guided from time", 0, 1, 0.05, start["interval_from"])
-            made["interval_to"] = _slider("Guided to time", 0, 1, 0.05, start["interval_to"])
+            made["interval_from"] = _slider("interval_from", 0, 1, 0.05, start["interval_from"])
+            made["interval_to"] = _slider("interval_to", 0, 1, 0.05, start["interval_to"])
         with gr.Row():
             renorm = start["cfg_renorm_type"]
             made["cfg_renorm_type"] = gr.Dropdown(list(RENORM_TYPES), value=renorm, label="Renorm", min_width=120)
-            made["cfg_renorm_min"] = _slider("Renorm minimum", 0, 1, 0.05, start["cfg_renorm_min"])
+            made["cfg_renorm_min"] = _slider("cfg_renorm_min", 0, 1, 0.05, start["cfg_renorm_min"])
         with gr.Row():
-            made["timestep_shift"] = _slider("Time shift", 0.5, 10, 0.1, start["timestep_shift"])
-            made["branch_cache"] = _slider("Guide anew every", 1, 5, 1, start["branch_cache"])
+            made["timestep_shift"] = _slider("timestep_shift", 0.5, 10, 0.1, start["timestep_shift"])
+            made["branch_cache"] = _slider("branch_cache", 1, 5, 1, start["branch_cache"])
         made["taylorseer"] = gr.Checkbox(start["taylorseer"], label="TaylorSeer: forecast most steps")
         _text_rows(task, made, start, "Think first")
     made["size"].change(lambda size: gr.Row(visible=size == CUSTOM), made["size"], custom, **QUICK)
@@ -105,15 +106,16 @@ def _text_rows(task: str, made: dict[str, Any], start: dict[str, Any], label: st
     with gr.Column(visible=always) as writing:
         with gr.Row():
             made["max_think_tokens"] = _slider(
-                "Longest text (tokens)", 16, 4096, 1, start["max_think_tokens"], f"{task}_max_think_tokens"
+                "max_think_tokens", 16, 4096, 1, start["max_think_tokens"], f"{task}_max_think_tokens"
             )
             made["do_sample"] = gr.Checkbox(start["do_sample"], label="Sample words", min_width=120)
         with gr.Row():
-            made["temperature"] = _slider("Temperature", 0.05, 2, 0.05, start["temperature"])
-            made["top_p"] = _slider("Top p", 0.05, 1, 0.05, start["top_p"])
+            made["temperature"] = _slider("temperature", 0.05, 2, 0.05, start["temperature"])
+            made["top_p"] = _slider("top_p", 0.05, 1, 0.05, start["top_p"])
     if not always:
         made["think"].change(lambda think: gr.Column(visible=think), made["think"], writing, **QUICK)
 
 
-def _slider(label: str, low: float, high: float, step: float, value: float, elem_id: str | None = None) -> gr.Slider:
+def _slider(name: str, low: float, high: float, step: float, value: float, elem_id: str | None = None) -> gr.Slider:
+    label = NUMBERS[name]
     return gr.Slider(low, high, value=value, step=step, label=label, min_width=120, buttons=[], elem_id=elem_id)

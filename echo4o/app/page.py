@@ -94,7 +94,9 @@ def launch(
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises OSError if the port is taken, before a model is loaded for it."""
+    """Raises OSError if the port is taken, ValueError if there is none, before a model is loaded for it."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port is {port}; it must lie between 0 and {2**16 - 1}")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

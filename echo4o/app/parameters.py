@@ -13,9 +13,27 @@ from echo4o.generate.presets import preset
 #: width : height, as BAGEL's own page offers them
 RATIOS = {"1:1": (1, 1), "4:3": (4, 3), "3:4": (3, 4), "16:9": (16, 9), "9:16": (9, 16)}
 PRESET_LABELS = {"t2i": "Text to image", "edit": "Edit", "multi_ref": "Multi-reference"}
-WHOLE = ("num_timesteps", "max_think_tokens", "branch_cache")
+WHOLE = ("num_timesteps", "max_think_tokens", "branch_cache", "num_images", "width", "height")
 CUSTOM, LAST = "custom", "last"
 MAX_SEED = 2**31 - 1
+
+#: Controls that hold a number, as the page names them.
+NUMBERS = {
+    "width": "Width (px)",
+    "height": "Height (px)",
+    "num_images": "Pictures",
+    "num_timesteps": "Time steps",
+    "cfg_text_scale": "Text guidance",
+    "cfg_img_scale": "Image guidance",
+    "interval_from": "Guided from time",
+    "interval_to": "Guided to time",
+    "cfg_renorm_min": "Renorm minimum",
+    "timestep_shift": "Time shift",
+    "branch_cache": "Guide anew every",
+    "max_think_tokens": "Longest text (tokens)",
+    "temperature": "Temperature",
+    "top_p": "Top p",
+}
 
 #: Fields of `Settings` and `Guidance` that go to the pipeline under their own names.
 OF_TEXT = ("max_think_tokens", "do_sample", "temperature", "top_p")
@@ -75,27 +93,41 @@ def preset_values(name: str) -> dict[str, Any]:
 
 
 def chosen_seed(values: Mapping[str, Any]) -> int:
-    """The seed in the field, or a new one where a random one is wanted.
+    """The seed in the field, or a new one where a random one is wanted; of several pictures the first one's.
 
     Raises:
-        ValueError: for a seed that is no whole number from 0.
+        ValueError: for a seed that is no whole number from 0, or leaves no seeds for the other pictures.
     """
+    count = number_of(values, "num_images") if "num_images" in values else 1
+    largest = MAX_SEED - count + 1
     if values.get("random_seed"):
-        return random.SystemRandom().randint(0, MAX_SEED)
+        return random.SystemRandom().randint(0, largest)
     seed = values.get("seed")
-    if seed is None or seed != int(seed) or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"Seed must be a whole number from 0 to {MAX_SEED}, or tick Random seed")
+    if seed is None or seed != int(seed) or not 0 <= seed <= largest:
+        several = f" for {count} pictures" if count > 1 else ""
+        raise ValueError(f"Seed must be a whole number from 0 to {largest}{several}, or tick Random seed")
     return int(seed)
+
+
+def number_of(values: Mapping[str, Any], name: str) -> Any:
+    """A field's number, whole where it must be: sliders give whole numbers as floats after a drag.
+
+    Raises:
+        ValueError: if the field is empty.
+    """
+    if values[name] is None:
+        raise ValueError(f"{NUMBERS[name]} is empty: enter a number")
+    return int(values[name]) if name in WHOLE else values[name]
 
 
 def pipeline_keywords(values: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """Values of the controls as keywords of a pipeline call."""
     keywords = _numbers(values, OF_IMAGES)
-    keywords["cfg_interval"] = (values["interval_from"], values["interval_to"])
+    keywords["cfg_interval"] = (number_of(values, "interval_from"), number_of(values, "interval_to"))
     keywords["think"] = values["think"]
     size = values["size"]
     if size == CUSTOM:
-        keywords |= {"width": int(values["width"]), "height": int(values["height"])}
+        keywords |= {name: number_of(values, name) for name in ("width", "height")}
     elif size in RATIOS:
         keywords["width"], keywords["height"] = limits.size(size)
     else:
@@ -109,5 +141,4 @@ def answer_keywords(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Sliders give whole numbers as floats after a drag."""
-    return {name: int(values[name]) if name in WHOLE else values[name] for name in names}
+    return {name: number_of(values, name) if name in NUMBERS else values[name] for name in names}

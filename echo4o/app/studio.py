@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from echo4o.app.parameters import Limits, answer_keywords, chosen_seed, pipeline_keywords
+from echo4o.app.parameters import Limits, answer_keywords, chosen_seed, number_of, pipeline_keywords
 from echo4o.data.errors import RowError
 from echo4o.data.images import probe_size
 from echo4o.data.sources.references import split_inline
@@ -118,7 +118,7 @@ class Studio:
 
     def _draw(self, job: Job, start: float, stage: _Stage) -> list[Result]:
         _check(job)
-        seed, number = chosen_seed(job.values), int(job.values["num_images"])
+        seed, number = chosen_seed(job.values), number_of(job.values, "num_images")
         keywords = self._with_size(job, pipeline_keywords(job.values, self.limits))
         out = self.pipe(
             job.prompt,

@@ -6,80 +6,25 @@ Under torchrun every process takes its share of the requests; they need no proce
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from echo4o.checkpoint.hub import local_folder
 from echo4o.generate.batches import Drawer, Drawn, requests_of
 from echo4o.generate.contact_sheet import MAX_ROWS, Row, check_picture_name, write_contact_sheet
-from echo4o.generate.files import model_fingerprint, read_metadata, sha256_of, write_picture
+from echo4o.generate.files import read_metadata, write_picture
 from echo4o.generate.item import Item, RequestError, numbered
-from echo4o.generate.pipeline import Echo4oPipeline
+from echo4o.generate.like import values_like
+from echo4o.generate.options import ModelOptions, Rank
+from echo4o.generate.overwriting import check_overwriting, files_of_requests, references_of
 from echo4o.generate.progress import RunProgress
 from echo4o.generate.requests import read_requests, single_request, summary_of
-from echo4o.generate.runs import GPU_BATCH_SIZE, ModelName, Summary, metadata_of, run_items, texts_of, write_text
+from echo4o.generate.runs import GPU_BATCH_SIZE, Summary, metadata_of, run_items, texts_of, write_text
+
+__all__ = ["ModelOptions", "generate", "generate_many", "generate_one"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model, and how it is loaded; see `Echo4oPipeline.from_pretrained`."""
-
-    folder: Path
-    dtype: str = "auto"
-    device: str = "auto"
-    weights: str | None = None
-    base: Path | None = None
-    quantize: str | None = None
-    offload: str | None = None
-    compile: bool = False
-
-    @property
-    def is_on_gpu(self) -> bool:
-        return torch.cuda.is_available() if self.device == "auto" else not self.device.startswith("cpu")
-
-    @property
-    def number_type(self) -> str:
-        """``auto``: bfloat16 on a GPU, float32 on a CPU, which has no fast arithmetic in fewer bits."""
-        return ("bfloat16" if self.is_on_gpu else "float32") if self.dtype == "auto" else self.dtype
-
-    def name(self) -> ModelName:
-        """Raises FileNotFoundError or CheckpointError if there is no such model."""
-        folder = local_folder(self.folder)
-        fingerprint = model_fingerprint(folder, self.weights, self.base)
-        name = self.folder.resolve().name if folder == self.folder else self.folder.as_posix()
-        return ModelName(name, fingerprint, self.number_type, self.quantize)
-
-    def load(self) -> Echo4oPipeline:
-        """On the GPU of this process, if torchrun has started several."""
-        device = self.device
-        if not Rank.from_environment().rank:
-            logger.info("loading %s in %s", self.folder, self.quantize or self.number_type)
-        if "LOCAL_RANK" in os.environ and self.is_on_gpu and device in ("auto", "cuda"):
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        return Echo4oPipeline.from_pretrained(
-            self.folder, dtype=self.number_type, device=device, weights=self.weights, base=self.base,
-            quantize=self.quantize, offload=self.offload, compile=self.compile,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Rank:
-    """This process among those that torchrun has started."""
-
-    rank: int
-    world_size: int
-
-    @classmethod
-    def from_environment(cls) -> Rank:
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def generate(
@@ -107,6 +52,7 @@ def generate(
         RequestError: for options that do not go together; else as `generate_one` and `generate_many`.
     """
     values = {name: _parsed(name, value) for name, value in values.items()}
+    model.check_device()
     if batch_size is not None and batch_size < 1:
         raise RequestError(f"--batch-size is {batch_size}; it must be at least 1")
     if requests is None:
@@ -164,10 +110,12 @@ def generate_one(
     """
     if Rank.from_environment().rank:
         return 0  # one picture is no work for several processes
-    if grid is not None:
-        check_picture_name(grid)
     item = single_request(values_like(like, values) if like else values)
+    model.size_check()(item)
     out = _checked_out(out, item)
+    outputs = [out.with_name(name) for name in numbered(out.name, item.num_images)] if out is not None else []
+    _check_grid(grid, [*references_of([item]), *outputs])
+    check_overwriting(outputs, references_of([item]), "choose another --out")
     name = model.name()
     if like and (drawn_by := read_metadata(like)["model"]) != asdict(name) | {"name": drawn_by["name"]}:
         logger.warning("%s was drawn by another model, dtype or quantization: the result will differ", like)
@@ -182,51 +130,16 @@ def generate_one(
             write_text(out, text)
         return 0
     assert out is not None
-    names = numbered(out.name, item.num_images)
-    for file_name, result in zip(names, drawn, strict=True):
+    for file, result in zip(outputs, drawn, strict=True):
         assert result.image is not None
-        write_picture(result.image, out.with_name(file_name), metadata_of(item, result, name))
-        say(str(out.with_name(file_name)))
+        write_picture(result.image, file, metadata_of(item, result, name))
+        say(str(file))
     if grid is not None:
         pictures = [result.image for result in drawn if result.image is not None]
         labels = [f"result, seed {result.info['seed']}" for result in drawn]
         row = Row(item.text, [image.path for image in item.images], pictures, labels=labels, text=text)
         say(str(write_contact_sheet([row], grid)))
     return 0
-
-
-def values_like(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, and what drew a picture where they say nothing.
-
-    References are `values`' images, else looked for beside the picture, under their old names.
-
-    Raises:
-        RequestError: if a reference is missing.
-        FileNotFoundError, ValueError: as `read_metadata`.
-    """
-    known = read_metadata(path)
-    old = {key: known[key] for key in ("preset", "seed", "height", "width", "think", "inline")} | known["settings"]
-    if "prompt" in values:
-        return {**old, **values}  # another prompt has its own references, if any
-    files = _references_of(path, known["images"], [Path(image) for image in values.get("images", ())])
-    if known["prompt"] is not None:
-        return {**old, "prompt": known["prompt"], **values, "images": files}
-    remaining = iter(files)
-    elements = [part if isinstance(part, str) else {"image": next(remaining)} for part in known["elements"]]
-    return {**old, **{key: value for key, value in values.items() if key != "images"}, "elements": elements}
-
-
-def _references_of(path: Path, known: Sequence[Mapping[str, str]], given: Sequence[Path]) -> list[Path]:
-    if given and len(given) != len(known):
-        raise RequestError(f"{path} was drawn from {len(known)} references, not from {len(given)}")
-    files = list(given) or [path.parent / image["image"] for image in known]
-    for number, (file, image) in enumerate(zip(files, known, strict=True), start=1):
-        if not file.is_file():
-            names = ", ".join(image["image"] for image in known)
-            raise RequestError(f"{file} is not there; say with --image where the references of {path} are: {names}")
-        if sha256_of(file) != image["sha256"]:
-            logger.warning("%s is not image %d that %s was drawn from: the result will differ", file, number, path)
-    return files
 
 
 def _checked_out(out: Path | None, item: Item) -> Path | None:
@@ -237,8 +150,23 @@ def _checked_out(out: Path | None, item: Item) -> Path | None:
         raise RequestError(
             f"--out is {out}; it must end in {ending}" + ("" if item.understand else ", which keeps how it was drawn")
         )
+    if out.is_dir():
+        raise RequestError(f"--out is {out}, a folder; name a file")
     out.parent.mkdir(parents=True, exist_ok=True)
     return out
+
+
+def _check_grid(grid: Path | None, others: Sequence[Path]) -> None:
+    """The contact sheet's name, before anything is loaded for it; its folder is made."""
+    if grid is None:
+        return
+    check_picture_name(grid)
+    if grid.is_dir():
+        raise RequestError(f"--grid is {grid}, a folder; name a file")
+    if any(grid.absolute() == other.absolute() for other in others):
+        raise RequestError(f"--grid is {grid}, which is a reference or a result: choose another name")
+    check_overwriting([grid], others, "choose another --grid")
+    grid.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _result(outcome: Drawn | Exception) -> Drawn:
@@ -278,19 +206,20 @@ def generate_many(
         ValueError, OSError: with the remedy.
     """
     ranks = Rank.from_environment()
-    if grid is not None:
-        check_picture_name(grid)
-    items, problems = read_requests(requests, defaults, seed)
+    items, problems = read_requests(requests, defaults, seed, model.size_check())
     if problems and not skip_bad:
         raise RequestError(summary_of(problems, requests))
     if not items:
         raise RequestError(f"{requests} holds no request that can be run")
+    inputs, outputs = [requests, *references_of(items)], files_of_requests(items, out, ranks.world_size)
+    _check_grid(grid, [*inputs, *outputs])
+    check_overwriting(outputs, inputs, "choose another --out, or another id for that line")
     if not ranks.rank:
         for problem in problems:
             logger.warning("%s, %s: left out", requests, problem)
     summary = run_items(
         items, out, model.load, model.name(), batch_size=batch_size or _default_batch_size(model), overwrite=overwrite,
-        rank=ranks.rank, world_size=ranks.world_size,
+        rank=ranks.rank, world_size=ranks.world_size, run=ranks.run,
     )  # fmt: skip
     if summary is None:
         return 0  # another process is still at work and will report

@@ -58,6 +58,10 @@ class ImageFile:
     sha256: str = ""
     size: tuple[int, int] = (0, 0)
 
+    @property
+    def name(self) -> str:
+        return printable(self.path.name)
+
 
 @dataclass(frozen=True)
 class Item:
@@ -106,6 +110,11 @@ class Item:
         return [part if isinstance(part, str) else self.images[part].path for part in self.parts]
 
 
+def printable(text: str) -> str:
+    """With escapes for what is no text: names of files may be any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def numbered(name: str, count: int) -> tuple[str, ...]:
     """``out.png`` for one picture; ``out_0.png``, ``out_1.png``, … for more."""
     stem, dot, ending = name.rpartition(".")
@@ -120,7 +129,10 @@ def item_of(values: Mapping[str, Any], folder: Path) -> Item:
     """
     for key, value in values.items():
         _check_key(key, value)
-    prompt, elements, understand = values.get("prompt"), values.get("elements"), values.get("understand", False)
+    prompt, elements = values.get("prompt"), values.get("elements")
+    understand = values.get("understand", values.get("preset") == "understand")
+    if not understand and values.get("preset") == "understand":
+        raise RequestError("the preset understand draws nothing: leave understand out, or choose another preset")
     if (prompt is None) == (elements is None):
         raise RequestError("give a prompt (with images), or elements (texts and images in order): one of the two")
     identity = _checked_id(str(values["id"]))
@@ -133,11 +145,13 @@ def item_of(values: Mapping[str, Any], folder: Path) -> Item:
         parts, images = _listed(elements, folder)
     if not any(isinstance(part, str) and part.strip() for part in parts):
         raise RequestError("there is no text; write a prompt")
+    if any(isinstance(part, str) and printable(part) != part for part in parts):
+        raise RequestError("the prompt holds characters that are no text (surrogates); write it as UTF-8")
     name = values.get("preset") or _default_preset(len(images), understand)
     settings = _settings(name, {key: value for key, value in values.items() if key in SETTING_KEYS}, understand)
     if isinstance(settings.size_from, int) and not 1 <= settings.size_from <= max(1, len(images)):
         raise RequestError(f"size_from is {settings.size_from}, but there are {len(images)} images")
-    _check_numbers(values)
+    _check_numbers(values, understand)
     return Item(
         identity, tuple(parts), tuple(ImageFile(path) for path in images), prompt, name, settings, values["seed"],
         values.get("height"), values.get("width"), values.get("num_images", 1), values.get("think", False), understand,
@@ -145,16 +159,16 @@ def item_of(values: Mapping[str, Any], folder: Path) -> Item:
     )  # fmt: skip
 
 
-def _check_numbers(values: Mapping[str, Any]) -> None:
+def _check_numbers(values: Mapping[str, Any], understand: bool) -> None:
     height, width, count = values.get("height"), values.get("width"), values.get("num_images", 1)
     if (height is None) != (width is None):
         raise RequestError("give height and width together, or neither")
     if min(height or 1, width or 1) < 1:
         raise RequestError(f"height and width are {height} and {width}; they must be at least 1")
-    if count < 1 or (values.get("understand") and count > 1):
+    if count < 1 or (understand and count > 1):
         raise RequestError(f"num_images is {count}; it must be at least 1 (and 1 for an answer in text)")
-    if not 0 <= values["seed"] < 2**63:
-        raise RequestError(f"seed is {values['seed']}; it must lie between 0 and 2^63 - 1")
+    if not 0 <= values["seed"] <= 2**63 - count:
+        raise RequestError(f"seed is {values['seed']}; it must lie between 0 and 2^63 - {count}")
 
 
 def _check_key(key: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,10 @@ _READERS = 8
 
 
 def read_requests(
-    path: str | Path, defaults: Mapping[str, Any] | None = None, seed: int = 0
+    path: str | Path,
+    defaults: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    check: Callable[[Item], object] = lambda item: None,
 ) -> tuple[list[Item], list[str]]:
     """Every request of a JSONL file, in order, and one message for each line that cannot be used.
 
@@ -33,6 +36,7 @@ def read_requests(
         defaults: values by key, for the lines that do not state them.
         seed: with its id, the seed of a line without one of its own: the first four bytes of
             SHA-256("{seed}:{id}"), so that other lines do not change it.
+        check: raises RequestError for what the model cannot do.
 
     Raises:
         FileNotFoundError, OSError: if the file cannot be read.
@@ -48,7 +52,9 @@ def read_requests(
             values = {**(defaults or {}), **_stated(_json_object(line))}
             identity = str(values.setdefault("id", f"{number:05d}"))
             values.setdefault("seed", derived_seed(seed, identity))
-            found.append((number, item_of(values, path.parent)))
+            item = item_of(values, path.parent)
+            check(item)
+            found.append((number, item))
         except RequestError as error:
             problems[number] = str(error)
     problems |= _clashes(found)

@@ -1,7 +1,8 @@
 """What has been done in a folder of results: one JSON line a finished request, and one file of them in the end.
 
 While they run, ranks append to ``results.{rank}.jsonl``. A rank that is through moves its lines into
-``results.jsonl``, sorted as the requests are; nobody waits for anybody, and what a killed run has written stays.
+``results.jsonl``, sorted as the requests are; nobody waits for anybody, and what a killed run has written stays: the
+first rank of the next run moves it there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 RESULTS = "results.jsonl"
 LOCK = ".results.lock"
+#: What is no text (a part of a file name, say) becomes an escape of JSON.
+_ESCAPED = "backslashreplace"
 _OF_RANK = re.compile(r"results\.(\d+)\.jsonl")
 
 Record = Mapping[str, Any]
@@ -30,26 +33,37 @@ Record = Mapping[str, Any]
 class Results:
     """The results of a run in `folder`, as one rank of it sees them. Use as a context manager.
 
+    Args:
+        run: names the run, the same for all its ranks and no other run's: what ranks of another run have left does not
+            count as theirs.
+
     Raises:
         OSError: if the folder cannot be written, or another run writes into it.
     """
 
-    def __init__(self, folder: Path, rank: int = 0, world_size: int = 1) -> None:
-        self.folder, self.rank, self.world_size = folder, rank, world_size
+    def __init__(self, folder: Path, rank: int = 0, world_size: int = 1, run: str = "") -> None:
+        self.folder, self.rank, self.world_size, self.run = folder, rank, world_size, run
         self._file: IO[str] | None = None
 
     def __enter__(self) -> Results:
         path = self.folder / f"results.{self.rank}.jsonl"
-        self._file = open(path, "a", encoding="utf-8")
-        if not _lock(self._file):
-            self._file.close()
-            raise OSError(f"another run writes into {self.folder}: wait for its end, or choose another --out")
-        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # a killed run's last line is not whole
         with _locked(self.folder) as state:
-            finished = state.setdefault("finished", {})
-            for rank in [r for r in finished if int(r) == self.rank or int(r) >= self.world_size]:
-                del finished[rank]
+            self._file = open(path, "a", encoding="utf-8", errors=_ESCAPED)
+            if not _lock(self._file):
+                self._file.close()
+                raise OSError(f"another run writes into {self.folder}: wait for its end, or choose another --out")
+            if state.get("run") != self.run:
+                state.update(run=self.run, finished={})
+            state["finished"].pop(str(self.rank), None)
+            # Later lines replace earlier ones: those of an older run must lie before all of this one's.
+            with contextlib.ExitStack() as held:
+                left = [file for file in self._files_of_ranks() if file == path or _is_left_over(file, held)]
+                if any(file.stat().st_size for file in left):
+                    self._merge(left)
+                for file in left:
+                    if file != path:
+                        file.unlink(missing_ok=True)
+            self._file.truncate(0)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -79,6 +93,10 @@ class Results:
             with contextlib.ExitStack() as held:
                 mine += [path for path in self._files_of_ranks() if path != mine[0] and _is_left_over(path, held)]
                 self._merge(mine, order)
+                for path in mine:
+                    path.unlink(missing_ok=True)
+            if state.get("run") != self.run:  # another run has begun meanwhile
+                return {"num_done": num_done, "failed": dict(failed)}
             state["finished"][str(self.rank)] = {"failed": dict(failed), "num_done": num_done}
             finished = state["finished"]
             if len(finished) < self.world_size:
@@ -89,20 +107,20 @@ class Results:
             "failed": {name: text for rank in finished.values() for name, text in rank["failed"].items()},
         }
 
-    def _merge(self, files: Sequence[Path], order: Sequence[str]) -> None:
+    def _merge(self, files: Sequence[Path], order: Sequence[str] = ()) -> None:
         records = {record["id"]: record for path in (self.folder / RESULTS, *files) for record in _records(path)}
         places = {name: place for place, name in enumerate(order)}
         ids = sorted(records, key=lambda name: places.get(name, len(places)))  # stable
         target = self.folder / RESULTS
         text = "".join(json.dumps(records[name], ensure_ascii=False) + "\n" for name in ids)
         partial = partial_name(target)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors=_ESCAPED)
         os.replace(partial, target)
-        for path in files:
-            path.unlink(missing_ok=True)
 
     def _files_of_ranks(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("results.*.jsonl") if _OF_RANK.fullmatch(path.name))
+        """In the order in which they were last written."""
+        found = [path for path in self.folder.glob("results.*.jsonl") if _OF_RANK.fullmatch(path.name)]
+        return sorted(found, key=_time_of)
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
@@ -122,6 +140,13 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             logger.info("%s, line %d is not whole: its request is run again", path, number)
             continue
         yield record
+
+
+def _time_of(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # a rank has just moved its lines
+        return 0
 
 
 def _is_left_over(path: Path, held: contextlib.ExitStack) -> bool:

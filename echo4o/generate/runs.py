@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from echo4o.generate.batches import Drawer, Drawn, batches_of, requests_of
 from echo4o.generate.files import partial_name, settings_dict, write_picture
-from echo4o.generate.item import Item
+from echo4o.generate.item import Item, printable
 from echo4o.generate.progress import RunProgress
 from echo4o.generate.results import Record, Results
 
@@ -48,7 +48,7 @@ def fingerprint_of(item: Item, model: ModelName) -> str:
 
 def metadata_of(item: Item, drawn: Drawn, model: ModelName) -> dict[str, Any]:
     """What `read_metadata` will return."""
-    images = [{"image": image.path.name, "sha256": image.sha256} for image in item.images]
+    images = [{"image": image.name, "sha256": image.sha256} for image in item.images]
     return {
         "version": version("echo4o"),
         "prompt": item.prompt,
@@ -82,11 +82,13 @@ def run_items(
     overwrite: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    run: str = "",
 ) -> Summary | None:
     """Draw and answer what is not in `out` yet; ranks take whole batches in turn.
 
     Args:
         load: gives the pipeline; not called if this rank has nothing to do.
+        run: see `Results`.
 
     Returns:
         The summary, on the rank that ends last; None on the others.
@@ -95,7 +97,12 @@ def run_items(
         OSError: if `out` cannot be written, or another run writes into it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with Results(out, rank, world_size) as results:
+    content = [overwrite, batch_size, [(item.id, fingerprint_of(item, model)) for item in items]]
+    run = f"{run} {hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
+    wanted = {name for item in items for name in (*item.file_names, *_text_names(item))}
+    references = {image.path for item in items for image in item.images}
+    wanted |= {path.name for path in references if path.parent.resolve() == out.resolve()}
+    with Results(out, rank, world_size, run) as results:
         known = results.read()
         batches = batches_of(items, batch_size)[rank::world_size]
         pending = [
@@ -110,13 +117,15 @@ def run_items(
             for batch in filter(None, pending):
                 assert drawer is not None
                 for item, outcome in zip(batch, _draw_batch(drawer, batch), strict=True):
-                    if isinstance(outcome, Exception):
-                        failed[item.id] = f"{type(outcome).__name__}: {outcome}"
-                        progress.say(f"{item.id} failed: {failed[item.id]}")
-                        results.add({"id": item.id, "error": failed[item.id]})
+                    files = _files_of(known.get(item.id))
+                    if isinstance(outcome, list):
+                        files += item.file_names
+                        outcome = _written(item, outcome, out, model, results, known.get(item.id), wanted)
+                    if outcome is None:
                         continue
-                    write_item(item, outcome, out, model, known.get(item.id))
-                    results.add(record_of(item, outcome, model))
+                    failed[item.id] = printable(f"{type(outcome).__name__}: {outcome}")
+                    progress.say(f"{item.id} failed: {failed[item.id]}")
+                    results.add({"id": item.id, "error": failed[item.id], **({"files": files} if files else {})})
                 progress.advance(len(batch))
         done = results.finish([item.id for item in items], failed, total - len(failed))
     if done is None:
@@ -133,6 +142,34 @@ def _draw_batch(drawer: Drawer, batch: Sequence[Item]) -> list[list[Drawn] | Exc
         error = next((result for result in own if isinstance(result, Exception)), None)
         outcomes.append(error or [result for result in own if isinstance(result, Drawn)])
     return outcomes
+
+
+def _written(
+    item: Item, drawn: list[Drawn], out: Path, model: ModelName, results: Results, old: Record | None,
+    wanted: Collection[str],
+) -> Exception | None:  # fmt: skip
+    """Write an item's files and its line; what kept it from being written, if it is of the item and not of the disk.
+
+    Before a file is replaced, the line that vouched for it is: a run that is killed in between does the item again.
+    """
+    record = record_of(item, drawn, model)
+    results.add({"id": item.id, "started": True, "files": list(dict.fromkeys([*_files_of(old), *record["files"]]))})
+    try:
+        write_item(item, drawn, out, model, old, wanted)
+    except OSError:
+        raise
+    except Exception as error:
+        return error
+    results.add(record)
+    return None
+
+
+def _files_of(record: Record | None) -> list[str]:
+    return list((record or {}).get("files", ()))
+
+
+def _text_names(item: Item) -> list[str]:
+    return [f"{item.id}.txt"] if item.understand or item.think else []
 
 
 def is_finished(item: Item, record: Record | None, out: Path, model: ModelName) -> bool:
@@ -165,15 +202,22 @@ def texts_of(drawn: Sequence[Drawn]) -> str:
     return "\n\n".join(dict.fromkeys(result.info["text"] for result in drawn if result.info["text"]))
 
 
-def write_item(item: Item, drawn: Sequence[Drawn], out: Path, model: ModelName, old: Record | None = None) -> None:
-    """Write an item's files, each whole or not at all, and remove those of an older result that it has no more."""
+def write_item(
+    item: Item, drawn: Sequence[Drawn], out: Path, model: ModelName, old: Record | None = None,
+    wanted: Collection[str] = (),
+) -> None:  # fmt: skip
+    """Write an item's files, each whole or not at all, and remove those of an older result that it has no more.
+
+    Args:
+        wanted: names of files that stay, whatever the older result says.
+    """
     for name, result in zip(item.file_names, drawn, strict=False):
         assert result.image is not None
         write_picture(result.image, out / name, metadata_of(item, result, model))
     if text := texts_of(drawn):
         write_text(out / f"{item.id}.txt", text)
     kept = {*item.file_names, *([f"{item.id}.txt"] if text else [])}
-    for name in set((old or {}).get("files", ())) - kept:
+    for name in set(_files_of(old)) - kept - set(wanted):
         (out / Path(name).name).unlink(missing_ok=True)
 
 

@@ -64,6 +64,20 @@ def test_sliders_may_give_floats():
     assert type(keywords["num_timesteps"]) is int and type(keywords["branch_cache"]) is int
 
 
+@pytest.mark.parametrize(
+    "name, label", [("num_timesteps", "Time steps"), ("cfg_text_scale", "Text guidance"), ("width", "Width")]
+)
+def test_an_empty_field_is_named(name, label):
+    with pytest.raises(ValueError, match=f"{label}.* is empty"):
+        pipeline_keywords(values_of("t2i", **{"size": CUSTOM, name: None}), TINY)
+
+
+def test_several_pictures_need_as_many_seeds():
+    assert chosen_seed({"seed": MAX_SEED - 3, "num_images": 4.0}) == MAX_SEED - 3
+    with pytest.raises(ValueError, match=f"to {MAX_SEED - 3} for 4 pictures"):
+        chosen_seed({"seed": MAX_SEED, "num_images": 4})
+
+
 def test_seed():
     assert chosen_seed({"seed": 5, "random_seed": False}) == 5
     drawn = {chosen_seed({"seed": 5, "random_seed": True}) for _ in range(20)}

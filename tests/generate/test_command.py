@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from echo4o.cli import app
-from echo4o.generate.files import read_metadata
+from echo4o.generate.files import read_metadata, settings_dict
+from echo4o.generate.options import Rank
+from echo4o.generate.presets import PRESETS
 from tests.generate.request_files import contents_of, results_of, write_pictures, write_requests
-from tests.train.tiny_run import write_bagel
+from tests.train.tiny_run import tiny_config, write_bagel
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
@@ -27,6 +30,13 @@ runner = CliRunner()
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return str(write_bagel(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory):
+    """A model that cannot be asked about images: such requests fail once it is loaded."""
+    config = replace(tiny_config(), visual_und=False, vit=None)
+    return str(write_bagel(tmp_path_factory.mktemp("model") / "blind", config))
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +117,26 @@ def test_changed_references_are_named(model, here, caplog):
     )
 
 
+def test_like_with_other_options(model, here):
+    """A preset takes the place of the old settings, --size-from that of the old size; references stay."""
+    generate(model, *BOTH, "--prompt", "x", "--height", 32, "--width", 32, "--cfg-img-scale", 1.5, *FAST)
+    generate(model, "--like", "out.png", "--prompt", "other", "--size-from", 1, "--out", "b.png")
+    known = read_metadata("b.png")
+    assert (known["prompt"], len(known["images"]), known["settings"]["cfg_img_scale"]) == ("other", 2, 1.5)
+    assert (known["width"], known["height"]) != (32, 32)
+    generate(model, "--like", "out.png", "--preset", "t2i", "--num-timesteps", 4, "--out", "c.png")
+    known = read_metadata("c.png")
+    assert (known["width"], known["height"], known["preset"]) == (32, 32, "t2i")
+    assert known["settings"] == json.loads(json.dumps(settings_dict(PRESETS["t2i"].changed(num_timesteps=4))))
+    generate(model, "--like", "out.png", "--prompt", "y", "--image", "red.png", "--out", "d.png")
+    assert [image["image"] for image in read_metadata("d.png")["images"]] == ["red.png"]
+
+
+def test_the_preset_understand_answers(model, here):
+    generate(model, "--image", "red.png", "--prompt", "What?", "--preset", "understand", "--max-think-tokens", 4)
+    assert not (here / "out.png").exists()
+
+
 def test_answers_are_printed_and_written(model, here):
     ask = ("--image", "red.png", "--prompt", "What is this?", "--understand", "--max-think-tokens", 6)
     printed = generate(model, *ask, "--out", "answer.txt")
@@ -132,9 +162,16 @@ def test_answers_are_printed_and_written(model, here):
         (("--requests", "no.jsonl", "--out", "f"), "No such file or directory: 'no.jsonl'"),
         (("--like", "red.png"), "says nothing of how it was drawn"),
         (("--prompt", "x", "--batch-size", 0), "--batch-size is 0"),
+        (("--prompt", "x", "--size-from", "lats"), "size_from is 'lats'"),
+        (("--prompt", "x", "--device", "gpu"), "--device is gpu; use auto, cpu, cuda or cuda:N"),
+        (("--prompt", "x", "--device", "cuda"), "torch finds no CUDA GPU here; use --device cpu"),
+        (("--prompt", "x", "--grid", "out.png"), "--grid is out.png, which is a reference or a result"),
+        (("--prompt", "x", "--image", "red.png", "--out", "red.png"), "red.png would overwrite red.png"),
+        (("--prompt", "x", "--image", "red.png", "--grid", "./red.png"), "which is a reference or a result"),
     ],
 )
-def test_wrong_calls_are_one_line(model, arguments, message):
+def test_wrong_calls_are_one_line(model, arguments, message, monkeypatch):
+    monkeypatch.setattr("echo4o.generate.command.ModelOptions.load", lambda options: pytest.fail("loaded"))
     last = generate(model, *arguments, status=1).strip().splitlines()[-1]
     assert message in last
 
@@ -153,12 +190,42 @@ def test_bad_lines_stop_before_the_model_is_loaded(model, here):
     assert list(contents_of(here / "f")) == ["00001.png"]
 
 
-def test_failed_requests_are_the_exit_status(model, here):
-    big = {"id": "big", "prompt": "x", "height": 512, "width": 512}
-    path = write_requests(here / "r.jsonl", big, {"id": "small", "prompt": "x", "height": 16, "width": 16})
-    printed = generate(model, "--requests", path, "--out", "f", "--grid", "sheet.png", *FAST, status=1)
-    assert "1 done, 1 failed" in printed and "big: ValueError: output size 512 × 512" in printed
-    assert list(contents_of(here / "f")) == ["small.png"] and (here / "sheet.png").exists()
+ASK = {"id": "ask", "prompt": "what?", "images": ["red.png"], "understand": True}
+
+
+def test_failed_requests_are_the_exit_status(blind, here):
+    path = write_requests(here / "r.jsonl", ASK, {"id": "small", "prompt": "x", "height": 16, "width": 16})
+    printed = generate(blind, "--requests", path, "--out", "f", "--grid", "new/sheet.png", *FAST, status=1)
+    assert "1 done, 1 failed" in printed and "ask: ValueError: " in printed
+    assert list(contents_of(here / "f")) == ["small.png"] and (here / "new" / "sheet.png").exists()
+
+
+def references(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "remedy"),
+    [
+        ({"id": "red", "prompt": "x"}, "r.jsonl", "choose another --out, or another id for that line"),
+        ({"id": "blue", "prompt": "x", "images": ["link.png"]}, "r.jsonl", "link.png, which is read"),
+        ({"id": "ask", "prompt": "x", "understand": True}, "ask.txt", "ask.txt would overwrite"),
+        ({"id": "a", "prompt": "x"}, "results.jsonl", "results.jsonl would overwrite"),
+    ],
+)
+def test_references_and_requests_are_not_overwritten(model, here, monkeypatch, line, name, remedy):
+    monkeypatch.setattr("echo4o.generate.command.ModelOptions.load", lambda options: pytest.fail("loaded"))
+    (here / "link.png").symlink_to("blue.png")
+    path = write_requests(here / name, {"id": "user", "prompt": "x", "images": ["red.png"]}, line)
+    known, text = references(here), path.read_text()
+    assert remedy in generate(model, "--requests", path, "--out", ".", *FAST, status=1)
+    assert (references(here), path.read_text()) == (known, text)
+
+
+def test_sizes_are_checked_before_anything_is_drawn(model, here):
+    path = write_requests(here / "r.jsonl", {"prompt": "x"}, {"prompt": "x", "height": 512, "width": 512})
+    printed = generate(model, "--requests", path, "--out", "f", *FAST, status=1)
+    assert "line 2: output size 512 × 512" in printed and not (here / "f").exists()
 
 
 # ---------------------------------------------------------------- several processes, and a kill
@@ -183,21 +250,36 @@ def test_torchrun_gives_the_same_files(model, here):
     assert [p.name for p in (here / "two").glob("results*")] == ["results.jsonl"]
 
 
-def test_failures_on_one_rank_do_not_end_the_other(model, here):
+def test_failures_on_one_rank_do_not_end_the_other(blind, here):
     """torchrun ends all processes when one fails: the status comes from the one that ends last."""
     lines = [
-        {"id": "big", "prompt": "x", "height": 512, "width": 512},
+        ASK,
         {"prompt": "y"},
         {"prompt": "z"},
         {"prompt": "w"},
     ]
     path = write_requests(here / "r.jsonl", *lines)
     arguments = ["--requests", str(path), "--out", "f", "--num-timesteps", "20"]
-    command = [*TORCHRUN, "echo4o.cli", "generate", model, *arguments]
+    command = [*TORCHRUN, "echo4o.cli", "generate", blind, *arguments]
     done = subprocess.run(command, cwd=here, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert "3 done, 1 failed" in done.stdout and "big: ValueError: output size" in done.stdout
+    assert "3 done, 1 failed" in done.stdout and "ask: ValueError: " in done.stdout
     assert len(contents_of(here / "f")) == 3
+
+
+def test_every_start_of_torchrun_has_a_name_of_its_own(monkeypatch):
+    """Fixed ports and no id, as `torchrun --nproc_per_node=2` sets them: restarts differ, ranks do not."""
+    names = {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29500", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    runs = {}
+    for rank, restarts in (("0", "0"), ("1", "0"), ("0", "1")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        runs[rank, restarts] = Rank.from_environment().run
+    assert runs["0", "0"] == runs["1", "0"] != runs["0", "1"]
+    monkeypatch.setattr("echo4o.generate.options.name_of_start", lambda: "started by another launcher")
+    assert Rank.from_environment().run != runs["0", "1"]
 
 
 def test_killed_and_called_again(model, here):
@@ -209,14 +291,14 @@ def test_killed_and_called_again(model, here):
     process = subprocess.Popen(command, cwd=here, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
-        while not (journal.is_file() and journal.stat().st_size) and time.monotonic() < deadline:
+        while not (journal.is_file() and "fingerprint" in journal.read_text()) and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     finally:
         process.kill()
         process.wait()
-    finished = len(journal.read_text().splitlines())
+    finished = journal.read_text().count('"fingerprint"')
     assert 1 <= finished < 12
     for name in contents_of(here / "killed"):
         read_metadata(here / "killed" / name)
@@ -227,6 +309,16 @@ def test_killed_and_called_again(model, here):
     assert contents_of(here / "killed") == contents_of(here / "whole")
     assert results_of(here / "killed") == results_of(here / "whole")
     assert not list((here / "killed").glob("*.partial"))
+
+
+def test_app_wants_a_port_and_a_device_that_exist(model, monkeypatch):
+    monkeypatch.setattr("echo4o.generate.command.ModelOptions.load", lambda options: pytest.fail("loaded"))
+    for arguments, message in (
+        (("--port", "99999"), "--port is 99999; it must lie between 0 and 65535"),
+        (("--device", "gpu"), "--device is gpu; use auto, cpu"),
+    ):
+        result = runner.invoke(app, ["app", model, *arguments])
+        assert result.exit_code == 1 and message in result.output.strip().splitlines()[-1]
 
 
 def test_app_passes_its_options_on(monkeypatch):

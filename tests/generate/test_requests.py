@@ -6,6 +6,7 @@ import json
 import pytest
 
 from echo4o.generate.item import RequestError, numbered
+from echo4o.generate.options import SizeCheck
 from echo4o.generate.requests import read_requests, single_request, summary_of
 from tests.generate.request_files import write_pictures, write_requests
 
@@ -85,6 +86,11 @@ def test_seed_of_a_line_depends_on_its_id_and_nothing_else(folder):
         ({"prompt": "x", "cfg_renorm_type": "local"}, "unknown cfg_renorm_type 'local'"),
         ({"prompt": "x", "preset": "art"}, "unknown preset 'art'; choose one of t2i"),
         ({"prompt": "x", "seed": -1}, "seed is -1"),
+        ({"prompt": "x", "seed": 2**63 - 1, "num_images": 2}, "must lie between 0 and 2^63 - 2"),
+        ({"prompt": "x", "size_from": "lats"}, "size_from is 'lats'"),
+        ({"prompt": "x", "preset": "understand", "understand": False}, "the preset understand draws nothing"),
+        ({"prompt": "x", "preset": "understand", "num_images": 2}, "(and 1 for an answer in text)"),
+        ('{"prompt": "\\udce9"}', "characters that are no text"),
         ({"prompt": "x", "height": 64}, "give height and width together"),
         ({"prompt": "x", "num_images": 0}, "num_images is 0"),
         ({"prompt": "  "}, "there is no text"),
@@ -143,6 +149,21 @@ def test_long_lists_of_problems_are_cut():
         "r.jsonl: 30 lines cannot be used; mend them, or leave them out with --skip-bad\n  line 1: bad"
     )
     assert text.endswith("line 20: bad\n  … and 10 more")
+
+
+def test_what_the_model_cannot_do_is_named_with_its_line(folder):
+    lines = [{"prompt": "x"}, {"prompt": "x", "height": 40, "width": 64}, {"prompt": "x", "height": 64, "width": 144}]
+    lines += [{"prompt": "x", "height": 128, "width": 16}, {"prompt": "x", "height": 7, "width": 7, "understand": True}]
+    path = write_requests(folder / "r.jsonl", *lines)
+    items, problems = read_requests(path, check=SizeCheck(16, 128))
+    assert [item.id for item in items] == ["00001", "00004", "00005"]
+    assert [problem[:7] for problem in problems] == ["line 2:", "line 3:"]
+    assert "output size 40 × 64 (height × width): both must be multiples of 16 up to 128" in problems[0]
+
+
+def test_the_preset_understand_asks_for_an_answer(folder):
+    (item,), _ = read(folder, {"prompt": "what?", "preset": "understand"})
+    assert item.understand and item.settings.max_think_tokens == 512 and not item.file_names
 
 
 def test_single_request_takes_paths_from_here(folder, monkeypatch):

@@ -59,6 +59,22 @@ def test_a_running_rank_keeps_its_file(tmp_path):
     assert lines(tmp_path) == ["b", "c"]
 
 
+def test_what_a_killed_rank_has_left_is_older_than_what_follows(tmp_path):
+    with Results(tmp_path, 3, 4, "first") as results:
+        results.add({"id": "a", "seed": 1})
+    with Results(tmp_path, 0, 4, "second") as results:
+        results.add({"id": "a", "seed": 2})
+        assert results.read()["a"]["seed"] == 2
+    with Results(tmp_path) as results:
+        assert results.read()["a"]["seed"] == 2
+
+
+def test_a_run_that_another_has_replaced_speaks_for_itself(tmp_path):
+    with Results(tmp_path, 1, 2, "first") as old, Results(tmp_path, 0, 2, "second") as new:
+        assert old.finish([], {"x": "no"}, 1) == {"num_done": 1, "failed": {"x": "no"}}
+        assert new.finish([], {}, 0) is None
+
+
 def test_half_a_line_is_no_result(tmp_path):
     (tmp_path / "results.0.jsonl").write_text('{"id": "a"}\n{"id": "b", "fi')
     with Results(tmp_path) as results:

@@ -1,5 +1,7 @@
 """Runs of many requests: what is kept, what is done again, failures, memory, and batches that do not change results."""
 
+import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -8,11 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from echo4o.generate import runs
 from echo4o.generate.batches import batches_of
 from echo4o.generate.files import read_metadata
 from echo4o.generate.pipeline import Echo4oPipeline
 from echo4o.generate.presets import PRESETS
 from echo4o.generate.requests import read_requests
+from echo4o.generate.results import Results
 from echo4o.generate.runs import ModelName, run_items
 from tests.generate.request_files import contents_of, results_of, write_pictures, write_requests
 from tests.train.tiny_run import write_bagel
@@ -66,8 +70,12 @@ def fakes(folder, count):
     return items_of(folder, *({"id": f"{i}", "prompt": f"{i}"} for i in range(count)))
 
 
+def run_rank(items, out, pipe, **options):
+    return run_items(items, out, lambda: pipe, MODEL, **options)
+
+
 def run(items, out, pipe, **options):
-    summary = run_items(items, out, lambda: pipe, MODEL, **options)
+    summary = run_rank(items, out, pipe, **options)
     assert summary is not None
     return summary
 
@@ -148,10 +156,82 @@ def test_finished_requests_are_kept_and_changed_ones_done_again(tmp_path):
     assert run(items_of(tmp_path, *lines), out, Fake(), overwrite=True).num_done == 3
 
 
+def test_killed_between_picture_and_line(tmp_path, monkeypatch):
+    """Changed, drawn, killed before its line, changed back: the picture is not that of the old line any more."""
+    red, blue = {"id": "a", "prompt": "red"}, {"id": "a", "prompt": "blue"}
+    run(items_of(tmp_path, red), tmp_path / "out", Fake())
+    add = Results.add
+
+    def killed(self, record):
+        if "fingerprint" in record:
+            raise KeyboardInterrupt
+        add(self, record)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Results, "add", killed)
+        run(items_of(tmp_path, blue), tmp_path / "out", Fake())
+    assert read_metadata(tmp_path / "out" / "a.png")["prompt"] == "blue"
+    assert run(items_of(tmp_path, red), tmp_path / "out", Fake()).num_done == 1
+    assert read_metadata(tmp_path / "out" / "a.png")["prompt"] == "red"
+    (result,) = results_of(tmp_path / "out")
+    assert result["prompt"] == "red" and "started" not in result
+
+
+def test_files_of_an_older_result_go_after_a_failure_too(tmp_path):
+    out = tmp_path / "out"
+    run(items_of(tmp_path, {"id": "a", "prompt": "x", "num_images": 2}), out, Fake())
+    one = items_of(tmp_path, {"id": "a", "prompt": "x"})
+    assert run(one, out, Fake(broken="x")).failed
+    assert sorted(contents_of(out)) == ["a_0.png", "a_1.png"]
+    assert run(one, out, Fake()).num_done == 1
+    assert list(contents_of(out)) == ["a.png"]
+
+
+def test_files_of_an_older_result_stay_if_they_are_wanted(tmp_path):
+    """By another request, as its result or its reference."""
+    out = tmp_path / "out"
+    run(items_of(tmp_path, {"id": "a", "prompt": "x", "num_images": 3}), out, Fake())
+    lines = [{"id": "a_0", "prompt": "y", "images": ["out/a_2.png"]}, {"id": "a", "prompt": "x"}]
+    assert run(items_of(tmp_path, *lines), out, Fake()).num_done == 2
+    assert sorted(contents_of(out)) == ["a.png", "a_0.png", "a_2.png"]
+
+
+def test_a_result_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch):
+    write = runs.write_picture
+
+    def picky(image, path, metadata):
+        if path.name == "1.png":
+            raise ValueError("cannot be said")
+        write(image, path, metadata)
+
+    monkeypatch.setattr(runs, "write_picture", picky)
+    summary = run(fakes(tmp_path, 3), tmp_path / "out", Fake())
+    assert (summary.num_done, summary.failed) == (2, {"1": "ValueError: cannot be said"})
+    monkeypatch.undo()
+    assert run(fakes(tmp_path, 3), tmp_path / "out", Fake()).num_done == 1
+
+
+def test_names_that_are_no_text(tmp_path):
+    write_pictures(tmp_path)
+    shutil.copy(tmp_path / "red.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    line = json.dumps({"id": "a", "prompt": "x", "images": [os.fsdecode(b"caf\xe9.png")]})  # with an escape
+    assert run(items_of(tmp_path, line), tmp_path / "out", Fake()).num_done == 1
+    assert read_metadata(tmp_path / "out" / "a.png")["images"][0]["image"] == "caf\\udce9.png"
+
+
+def test_a_rank_of_a_killed_run_does_not_end_the_next_one(tmp_path):
+    """Rank 1 was through, rank 0 killed; in the next run rank 0 is through before rank 1 has begun."""
+    items, out = fakes(tmp_path, 2), tmp_path / "out"
+    assert run_rank(items, out, Fake(), rank=1, world_size=2, run="first") is None
+    assert run_rank(items, out, Fake(), rank=0, world_size=2, run="second") is None
+    summary = run_rank(items, out, Fake(), rank=1, world_size=2, run="second")
+    assert summary is not None and summary.num_skipped == 1
+
+
 def test_another_model_or_picture_is_done_again(tmp_path):
     items = items_of(tmp_path, {"id": "a", "prompt": "a", "images": ["red.png"]})
     run(items, tmp_path / "out", Fake())
-    other = run_items(items, tmp_path / "out", Fake, ModelName("tiny", "def", "float32"))
+    other = run_items(items, tmp_path / "out", Fake, ModelName("tiny", "def", "float32"))  # pyright: ignore
     assert other is not None and other.num_done == 1
     shutil.copy(tmp_path / "blue.png", tmp_path / "red.png")
     again, _ = read_requests(tmp_path / "requests.jsonl", DEFAULTS)
