@@ -313,7 +313,7 @@ def _speaks_for_all() -> bool:
     """Whether to print an error that every process of a run of several may have; training has its own way."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
-    from echo4o.train.processes import first_on_this_host, name_of_start  # torch: seconds
+    from echo4o.launch import first_on_this_host, name_of_start
 
     return first_on_this_host(f"{name_of_start()}-error")
 

@@ -3,6 +3,7 @@
     python scripts/bench_generate.py                        # 2 references, 256 × 256, 10 steps, both guidances
     python scripts/bench_generate.py --references 3 --runs 5
     python scripts/bench_generate.py --memory               # bytes of keys and values for 1 … 8 references
+    python scripts/bench_generate.py --model data_examples/tiny_bagel   # only the batch, with a model of files
 
 All run in the same process, in turn; the medians are compared and the results have to agree.
 
@@ -237,6 +238,28 @@ def report_memory(pipe: Echo4oPipeline) -> None:
     KVPool.__init__ = init
 
 
+def call_of(images: list[Image.Image], steps: int) -> dict:
+    text = "Put the person of image 1 into the street of image 2."
+    guided = {"cfg_text_scale": 4.0, "cfg_img_scale": 2.0}
+    return {"prompt": text, "images": images, "num_timesteps": steps + 1, **guided}
+
+
+def compare_batch(pipe: Echo4oPipeline, call: dict, number: int, runs: int) -> dict[str, list[float]]:
+    """Equal requests but for their seeds, in one call and in a call each."""
+    requests = [pipe.prompt_request(preset="multi_ref", seed=seed, **call) for seed in range(number)]
+    together = pipe.batch(requests).info
+    apart = max(
+        (pipe.batch([request]).info[0]["latents"] - info["latents"]).abs().max().item()
+        for request, info in zip(requests, together, strict=True)
+    )
+    print(f"{number} requests: latents of the batch and of single calls differ by at most {apart:.1e}")
+    name = f"{number} calls"
+    programs = {name: lambda: [pipe.batch([r]) for r in requests], "batch": lambda: pipe.batch(requests)}
+    seconds = in_turn(programs, runs)
+    print(compare(seconds, name, "batch"))
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--references", type=int, default=2)
@@ -246,19 +269,23 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4, help="requests of the batched run")
     parser.add_argument("--memory", action="store_true", help="only report keys and values by number of references")
+    parser.add_argument("--model", help="only compare the batch, on this model, with references of 64 × 64")
     parser.add_argument("--json", help="file for the seconds of every run")
     arguments = parser.parse_args()
+    if arguments.model:
+        pipe = Echo4oPipeline.from_pretrained(arguments.model, dtype="float32", device="cpu")
+        images = [image.resize((64, 64)) for image in references(arguments.references)]
+        compare_batch(pipe, call_of(images, arguments.steps), arguments.batch, arguments.runs)
+        return
     pipe = build_pipeline(arguments.hidden, arguments.layers)
     if arguments.memory:
         return report_memory(pipe)
-    images = references(arguments.references)
+    call = call_of(references(arguments.references), arguments.steps)
     programs = {"rebuild": Naive(pipe, rebuild=True), "upstream": Naive(pipe, rebuild=False)}
-    call = {"prompt": "Put the person of image 1 into the street of image 2.", "images": images}
-    call |= {"num_timesteps": arguments.steps + 1, "cfg_text_scale": 4.0, "cfg_img_scale": 2.0}
-    pipe._decoded = lambda state: Image.new("RGB", (1, 1))  # decoding is the same for both and left out
-    requests = [pipe.prompt_request(preset="multi_ref", seed=seed, **call) for seed in range(arguments.batch)]
+    pipe._decoded = lambda state: Image.new("RGB", (1, 1))  # decoding is the same for all and left out
+    request = pipe.prompt_request(preset="multi_ref", seed=0, **call)
 
-    ours = pipe.batch(requests[:1]).info[0]["latents"]
+    ours = pipe.batch([request]).info[0]["latents"]
     print(f"{arguments.references} references, {arguments.steps} steps, {torch.get_num_threads()} threads")
     for name, program in programs.items():
         apart = ((program(seed=0, **call) - ours).norm() / ours.norm()).item()
@@ -266,16 +293,13 @@ def main() -> None:
         if apart > 1e-3:
             raise SystemExit("the implementations disagree: the comparison would mean nothing")
     calls = {name: partial(program, seed=0, **call) for name, program in programs.items()}
-    seconds = in_turn({**calls, "ours": lambda: pipe.batch(requests[:1])}, arguments.runs)
+    seconds = in_turn({**calls, "ours": lambda: pipe.batch([request])}, arguments.runs)
     for name in programs:
-        print(compare(seconds, name, "ours"))
-    name = f"{arguments.batch} calls"
-    batched = {name: lambda: [pipe.batch([r]) for r in requests], "batch": lambda: pipe.batch(requests)}
-    times = in_turn(batched, max(arguments.runs // 2, 2))
-    print(compare(times, name, "batch"))
+        print(compare(seconds, name, "ours"), flush=True)
+    seconds |= compare_batch(pipe, call, arguments.batch, arguments.runs)
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump(seconds | times, file, indent=2)
+            json.dump(seconds, file, indent=2)
 
 
 if __name__ == "__main__":

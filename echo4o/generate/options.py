@@ -16,8 +16,8 @@ from echo4o.generate.files import model_fingerprint
 from echo4o.generate.item import Item, RequestError, printable
 from echo4o.generate.pipeline import Echo4oPipeline
 from echo4o.generate.runs import ModelName
+from echo4o.launch import name_of_start
 from echo4o.model import BagelConfig
-from echo4o.train.processes import name_of_start
 
 logger = logging.getLogger(__name__)
 

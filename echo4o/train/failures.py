@@ -136,7 +136,7 @@ def describe(error: BaseException, who: str) -> str:
 def _report(error: BaseException, processes: Processes, liveness: Liveness | None) -> int:
     who = processes.name
     if liveness is None:
-        from echo4o.train.processes import first_on_this_host, name_of_start  # torch: seconds
+        from echo4o.launch import first_on_this_host, name_of_start
 
         if first_on_this_host(f"{name_of_start()}-early"):
             print(describe(error, who), file=sys.stderr, flush=True)

@@ -19,10 +19,11 @@ import uuid
 from pathlib import Path
 from typing import NoReturn
 
+from echo4o.launch import first_on_this_host
 from echo4o.train.board import MISSED_BEATS, Board
 from echo4o.train.failures import Failure, PeerFailure
 from echo4o.train.logs import RankLog, rank_log_path
-from echo4o.train.processes import Processes, first_on_this_host, rendezvous_address
+from echo4o.train.processes import Processes, rendezvous_address
 from echo4o.train.signs import Beat, Identity, Unchanged, furthest_behind, write_heartbeat
 
 logger = logging.getLogger(__name__)

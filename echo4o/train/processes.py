@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from echo4o.train.rendezvous import agree_on_start
-from echo4o.train.signs import start_time
 
 T = TypeVar("T")
 
@@ -168,21 +167,3 @@ class Processes:
 def rendezvous_address() -> str:
     """For messages."""
     return f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-
-
-def name_of_start() -> str:
-    """The same for all ranks that one launcher starts on this host, for use before they have met."""
-    parent = os.getppid()
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return f"echo4o-{os.environ.get('MASTER_PORT', '0')}-{parent}-{start_time(parent)}-{restart}"
-
-
-def first_on_this_host(key: str) -> bool:
-    """Whether no other process of this host has asked so far: for messages that ranks cannot agree about otherwise."""
-    try:
-        (Path(tempfile.gettempdir()) / f"{key}.claimed").touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from echo4o.launch import process_state, start_time
+
 HEARTBEAT_FOLDER = "heartbeats"
 #: A rank this many times slower than the median is named.
 STRAGGLER_FACTOR = 1.5
@@ -49,27 +51,13 @@ class Identity:
     def exists(self) -> bool:
         """Whether this process is still there; only on its own machine. One that is dead but not yet reaped is not."""
         try:
-            state, started = _state(self.pid)
+            state, started = process_state(self.pid)
         except OSError:
             return False
         return state not in "ZX" and started == self.started
 
     def __str__(self) -> str:
         return f"rank {self.rank} on host {self.host} (pid {self.pid})"
-
-
-def start_time(pid: int) -> str:
-    """When a process of this machine was started, in the kernel's ticks; empty where the system does not tell."""
-    try:
-        return _state(pid)[1]
-    except OSError:
-        return ""
-
-
-def _state(pid: int) -> tuple[str, str]:
-    """(state, start time) of a process; its name, which may hold anything, stands in brackets before them."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return fields[0], fields[19]
 
 
 @dataclass(frozen=True)
