@@ -53,15 +53,14 @@ def write(reader: Reader, tokenizer: Tokenizer, states: Sequence[State]) -> None
         additions = [Addition(text.context, Text((text.ids[-1],)), text.next_row(pool)) for text in running]
         contexts, hidden = reader.extend(additions)
         logits = reader.logits(torch.cat(hidden))
-        ended = []
+        going_on = []
         for text, context, row in zip(running, contexts, logits, strict=True):
             token = _choose(row, text.state.request.settings, text.state.generator)
             text.context = context
-            if token == reader.markers.eos_token_id:
-                ended.append(text)
-            else:
+            if token != reader.markers.eos_token_id:
                 text.ids.append(token)
-        running = [text for text in running if not any(text is other for other in ended)]
+                going_on.append(text)
+        running = going_on
     pool.length = length
     for text in texts:
         text.state.text = tokenizer.decode(text.ids[1:])
