@@ -1,0 +1,1 @@
+"""Hugging Face folders: export, verification, comparison, model card, upload."""
