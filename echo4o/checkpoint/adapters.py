@@ -276,11 +276,11 @@ class MergedWeights:
         self._base = _reader(self.base_path)
         head, embedding = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
         aliases = {head: embedding, embedding: head} if self.config.llm.tie_word_embeddings else {}
-        self._layers = LayeredReader([*weights_of(folder, self.kind), self._base], aliases)
+        self.layers = LayeredReader([*weights_of(folder, self.kind), self._base], aliases)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
         tables = set(self.model.table_names())
         #: Fixed tables that no file holds: their formula fills them.
-        self.absent = [name for name in self.shapes if self._layers.find(name) is None]
+        self.absent = [name for name in self.shapes if self.layers.find(name) is None]
         if missing := [name for name in self.absent if name not in tables]:
             raise CheckpointError(
                 f"{self.base_path} lacks {len(missing)} tensors of the model, e.g. {missing[0]}: it is not the base of "
@@ -290,7 +290,7 @@ class MergedWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor in the base; what the base lacks, in its own file."""
-        found = self._layers.find(name)
+        found = self.layers.find(name)
         assert found is not None
         return self._base.dtypes.get(found[1], found[0].dtypes[found[1]])
 
@@ -301,7 +301,7 @@ class MergedWeights:
         Raises:
             CheckpointError: if shapes do not agree.
         """
-        found = self._layers.find(name)
+        found = self.layers.find(name)
         assert found is not None
         reader, known = found
         exact = dtype if f"{name.removesuffix('.weight')}.lora_A.weight" not in self.adapter.tensors else torch.float32

@@ -83,7 +83,7 @@ class WeightsReader:
             last = min(first + _CHUNK_ELEMENTS, end)
             run = self.run(name, first, last)
             piece.values[first - piece.start : last - piece.start].copy_(run)
-            _release(run)
+            release(run)
         if piece.stop > held and piece.values.numel():
             self._fill_grown(name, piece, held)
         return max(0, end - piece.start) * self.dtypes[name].itemsize
@@ -95,13 +95,13 @@ class WeightsReader:
             last = min(first + _CHUNK_ROWS, rows)
             run = self.run(name, first * width, last * width)
             mean += run.reshape(-1, width).double().sum(0)
-            _release(run)
+            release(run)
         first = max(piece.start, held)
         positions = torch.arange(first, piece.stop) % width
         piece.values[first - piece.start :].copy_((mean / rows)[positions])
 
 
-def _release(run: Tensor) -> None:
+def release(run: Tensor) -> None:
     """Give the pages behind a run that was copied back to the system: they stay in its cache, not in this process."""
     if not sys.platform.startswith("linux") or not run.numel():
         return
