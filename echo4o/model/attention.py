@@ -287,8 +287,13 @@ def find_varlen_attention() -> VarlenAttention | None:
 def _flash_attn_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool
 ) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
-
+    try:  # outside of a try block, transformers would demand it of everyone who loads exported code
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise KernelError(
+            f"flash-attn is installed but does not import ({error}): build it for this torch, uninstall it, or use "
+            "--attention_kernel flex"
+        ) from error
     return flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=causal)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 LAYER_MODULES = ("Qwen2MoTDecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2DecoderLayer")
 SCALAR_FILES = ("config.json", "bagel_config.json")
+_COMMA_BEFORE_END = re.compile(r",(?=\s*[}\]])")
 
 
 @dataclass
@@ -163,22 +165,37 @@ class BagelConfig:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; expected one with llm_config.json and weights")
-        scalars = next((_read_json(folder / name) for name in SCALAR_FILES if (folder / name).exists()), {})
-        llm = _nested_or_file(scalars, folder, "llm_config")
-        if llm is None:
+        values = next((_read_json(folder / name) for name in SCALAR_FILES if (folder / name).exists()), {})
+        for name in ("llm_config", "vit_config"):
+            if (path := folder / f"{name}.json").exists():
+                values[name] = _read_json(path)
+        if values.get("llm_config") is None:
             raise FileNotFoundError(f"{folder} has neither llm_config.json nor a config.json with an llm_config entry")
-        vit = _nested_or_file(scalars, folder, "vit_config")
-        shapes = read_shapes(weights) if (weights := find_weights(folder)) else {}
+        return cls.from_values(values, read_shapes(weights) if (weights := find_weights(folder)) else {}, **overrides)
+
+    @classmethod
+    def from_values(
+        cls, values: Mapping, shapes: Mapping[str, tuple[int, ...]] | None = None, **overrides
+    ) -> BagelConfig:
+        """From the content of a ``config.json`` with nested ``llm_config``, ``vit_config`` and ``vae_config``.
+
+        Args:
+            shapes: of the weights' tensors by name, where they are known: they overrule what is stated.
+            overrides: as in `from_pretrained`.
+
+        Raises:
+            ValueError: for values that are missing or contradict each other.
+        """
+        shapes, vit = shapes or {}, values.get("vit_config")
         llm_overrides = {key: overrides.pop(key) for key in list(overrides) if key in LLMConfig.__annotations__}
-        config = cls(
-            llm=_llm_config(llm, scalars, shapes, llm_overrides),
-            vit=_vit_config(vit) if vit and scalars.get("visual_und", True) else None,
-            vae=VAEConfig(**_known(scalars.get("vae_config") or {}, VAEConfig))
-            if scalars.get("visual_gen", True)
+        return cls(
+            llm=_llm_config(values.get("llm_config") or {}, values, shapes, llm_overrides),
+            vit=_vit_config(vit) if vit and values.get("visual_und", True) else None,
+            vae=VAEConfig(**_known(values.get("vae_config") or {}, VAEConfig))
+            if values.get("visual_gen", True)
             else None,
-            **_scalars(scalars, vit, shapes, overrides),
+            **_scalars(values, vit, shapes, overrides),
         )
-        return config
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``llm_config.json``, ``vit_config.json`` and ``config.json`` as upstream and this project read them."""
@@ -259,11 +276,6 @@ def _scalars(scalars: Mapping, vit: Mapping | None, shapes: Mapping, overrides: 
     return {**values, **overrides}
 
 
-def _nested_or_file(scalars: Mapping, folder: Path, name: str) -> dict | None:
-    path = folder / f"{name}.json"
-    return _read_json(path) if path.exists() else scalars.get(name)
-
-
 def _known(values: Mapping, kind: type) -> dict:
     """The entries that `kind` has a field for, checked against the field's type.
 
@@ -296,10 +308,15 @@ def _build(kind: type, values: Mapping, source: str):
 
 
 def _read_json(path: Path) -> dict:
+    text = path.read_text(encoding="utf-8")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
+        try:
+            # BAGEL-7B-MoT's config.json was published with a comma too many, and local copies of it live on.
+            return json.loads(_COMMA_BEFORE_END.sub("", text))
+        except json.JSONDecodeError:
+            raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
 
 
 def _write_json(path: Path, values: Mapping) -> None:
