@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from echo4o.checkpoint.pieces import Piece
-from echo4o.model.pretrained import open_file, shard_files
+from echo4o.model.pretrained import open_file, shard_files, upstream_name
 
 #: Rows of a table averaged at once.
 _CHUNK_ROWS = 4096
@@ -23,7 +23,7 @@ _MADV_DONTNEED = 4
 
 
 class WeightsReader:
-    """Tensors of one safetensors file, or of the shards of an index, by name; only headers are read at first.
+    """Tensors of one safetensors file, or of an index's shards, by upstream's names; only headers are read at first.
 
     Args:
         path: ``….safetensors`` or ``….safetensors.index.json``.
@@ -36,16 +36,15 @@ class WeightsReader:
 
     def __init__(self, path: str | Path, prefix: str = "") -> None:
         self.path = Path(path)
-        self._prefix = prefix
         self._files = {}
+        self._held: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for file in shard_files(self.path):
             opened = open_file(file)
-            for name in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(name)
-                name = name.removeprefix(prefix)
-                self._files[name] = opened
+            for held in opened.keys():  # noqa: SIM118
+                part, name = opened.get_slice(held), upstream_name(held.removeprefix(prefix))
+                self._files[name], self._held[name] = opened, held
                 self.shapes[name] = tuple(part.get_shape())
                 self.dtypes[name] = _DTYPES[part.get_dtype()]
 
@@ -58,10 +57,10 @@ class WeightsReader:
 
     def run(self, name: str, start: int, stop: int) -> Tensor:
         """(stop − start,) elements of a tensor in row-major order, in the file's dtype; a view of the mapped file."""
-        part = self._files[name].get_slice(self._prefix + name)
+        part = self._files[name].get_slice(self._held[name])
         shape = self.shapes[name]
         if not shape:
-            return self._files[name].get_tensor(self._prefix + name).reshape(1)[start:stop]
+            return self._files[name].get_tensor(self._held[name]).reshape(1)[start:stop]
         row = math.prod(shape[1:])
         first, last = start // max(row, 1), -(-stop // max(row, 1))
         return part[first:last].reshape(-1)[start - first * row : stop - first * row]

@@ -189,7 +189,7 @@ class BagelConfig:
         shapes, vit = shapes or {}, values.get("vit_config")
         llm_overrides = {key: overrides.pop(key) for key in list(overrides) if key in LLMConfig.__annotations__}
         return cls(
-            llm=_llm_config(values.get("llm_config") or {}, values, shapes, llm_overrides),
+            llm=_llm_config(values.get("llm_config", {}), values, shapes, llm_overrides),
             vit=_vit_config(vit) if vit and values.get("visual_und", True) else None,
             vae=VAEConfig(**_known(values.get("vae_config") or {}, VAEConfig))
             if values.get("visual_gen", True)

@@ -1,8 +1,9 @@
-"""Find and read a model's safetensors, single-file or sharded, tensor by tensor."""
+"""Find and read a model's safetensors, single-file or sharded, tensor by tensor, under upstream's names."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 WEIGHTS = ("ema", "model")
+
+#: The one table of foreign names: what to cut out of a name to have upstream's.
+_FOREIGN_NAMES = (
+    # torch's wrappers (DDP, compile, FSDP1, activation checkpointing)
+    re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."),
+    # a container around the whole model (NeMo Automodel's own checkpoints, vllm-omni)
+    re.compile(
+        r"^(?:model|bagel)\.(?=(?:language_model|vit_model|connector|vit_pos_embed|latent_pos_embed|time_embedder|"
+        r"vae2llm|llm2vae|vae_model)\.)"
+    ),
+)
+#: The VAE's tensors where they lie among a model's: in the published index, and in lmms-engine's folders.
+VAE_PREFIXES = ("encoder.", "decoder.", "vae_model.")
+
+
+def upstream_name(name: str) -> str:
+    """A tensor's name in upstream's files, from that in another program's."""
+    for pattern in _FOREIGN_NAMES:
+        name = pattern.sub("", name)
+    return name
+
+
+def names_in(tensors) -> dict[str, str]:
+    """Upstream's name → name in an opened file."""
+    return {upstream_name(name): name for name in tensors.keys()}  # noqa: SIM118
 
 
 def find_weights(folder: str | Path, weights: str | None = None) -> Path | None:
@@ -63,7 +89,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for file in shard_files(path):
         with open_file(file) as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            shapes |= {name: tuple(tensors.get_slice(held).get_shape()) for name, held in names_in(tensors).items()}
     return shapes
 
 
@@ -72,9 +98,9 @@ def iter_tensors(path: Path, names: Sequence[str] | None = None) -> Iterator[tup
     wanted = None if names is None else set(names)
     for file in shard_files(path):
         with open_file(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
+            for name, held in names_in(tensors).items():
                 if wanted is None or name in wanted:
-                    yield name, tensors.get_tensor(name)
+                    yield name, tensors.get_tensor(held)
 
 
 def check_state(
@@ -99,7 +125,7 @@ def check_state(
             f"{source} holds {name} as {tuple(found[name])}, the config asks for {tuple(expected[name])}"
             f" ({len(wrong)} such tensors); use the config that belongs to these weights."
         )
-    return [name for name in found if name not in expected]
+    return [name for name in found if name not in expected and not name.startswith(VAE_PREFIXES)]
 
 
 @torch.no_grad()

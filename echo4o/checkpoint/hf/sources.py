@@ -20,7 +20,7 @@ from echo4o.checkpoint.slices import LayeredReader, WeightsReader, release
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.config import SCALAR_FILES
 from echo4o.model.embeddings import sincos_2d
-from echo4o.model.pretrained import find_weights, shard_files
+from echo4o.model.pretrained import VAE_PREFIXES, find_weights, shard_files
 from echo4o.model.vae import WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,8 @@ class Source:
                     "exported. Export the weights that they were made from."
                 )
         own = self.layers.shapes() if not self.base or self._merged else self._own_names()
-        extra = [name for name in own if name not in self.shapes and not _is_adapter_part(name)]
+        ignored = (*VAE_PREFIXES, *self._tables)
+        extra = [n for n in own if n not in self.shapes and not _is_adapter_part(n) and not n.startswith(ignored)]
         if extra and not self._merged:
             raise CheckpointError(
                 f"{self.folder} holds {len(extra)} tensors that its configs have no place for, e.g. "
