@@ -149,16 +149,13 @@ class BagelConfig:
         return self.vae.z_channels * self.latent_patch_size**2 if self.vae else 0
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, shapes: Mapping[str, tuple[int, ...]] | None = None, **overrides
-    ) -> BagelConfig:
+    def from_pretrained(cls, folder: str | Path, **overrides) -> BagelConfig:
         """Read ``llm_config.json``, ``vit_config.json`` and ``config.json`` (or ``bagel_config.json``) of a folder.
 
         Position-table sizes and the decoder kind are read from the weights file where there is one: a published
         ``config.json`` may be stale (a known trap), the tensors are not.
 
         Args:
-            shapes: of the weights' tensors by name; None reads them from the folder's file.
             overrides: fields of this class or of `LLMConfig` to set instead.
 
         Raises:
