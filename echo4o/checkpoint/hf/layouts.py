@@ -17,6 +17,7 @@ from echo4o.checkpoint.hf.remote_code import ARCHITECTURE, AUTO_MAP, remote_file
 from echo4o.checkpoint.shared_file import FileLayout, plan_file
 from echo4o.checkpoint.weights import write_text
 from echo4o.model import BagelConfig
+from echo4o.model.vae import WEIGHTS_FILE
 
 #: ``bagel``: one file under upstream's name. ``hf``: shards and remote code. ``both``: upstream's file, which an index
 #: names to transformers. ``adapter``: LoRA alone, in peft's format.
@@ -25,6 +26,7 @@ DTYPES = ("bfloat16", "float32", "float16", "auto")
 SINGLE_FILE = "ema.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 DEFAULT_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -50,8 +52,13 @@ class WeightsPlan:
         return sum(layout.num_bytes for layout in self.layouts.values())
 
 
-def plan_weights(tensors: Tensors, layout: str, max_shard_size: str = DEFAULT_SHARD_SIZE) -> WeightsPlan:
+def plan_weights(
+    tensors: Tensors, layout: str, max_shard_size: str = DEFAULT_SHARD_SIZE, vae: Mapping[str, int] | None = None
+) -> WeightsPlan:
     """Distribute tensors (dtype, shape) over files.
+
+    Args:
+        vae: name → bytes of the VAE's tensors, which the index of ``both`` names as the published one does.
 
     Raises:
         CheckpointError: if `max_shard_size` is no size.
@@ -65,8 +72,10 @@ def plan_weights(tensors: Tensors, layout: str, max_shard_size: str = DEFAULT_SH
     else:
         files = {SINGLE_FILE: list(tensors)}
     layouts = {file: plan_file({name: tensors[name] for name in names}) for file, names in files.items()}
-    needs_index = layout == "both" or len(files) > 1
-    return WeightsPlan(files, layouts, _index(files, sum(sizes.values())) if needs_index else None)
+    if layout != "both" and len(files) == 1:
+        return WeightsPlan(files, layouts, None)
+    listed = files | ({WEIGHTS_FILE: list(vae)} if vae and layout == "both" else {})
+    return WeightsPlan(files, layouts, _index(listed, sum(sizes.values()) + sum((vae or {}).values())))
 
 
 def parse_size(text: str) -> int:
@@ -102,10 +111,24 @@ def _index(files: Mapping[str, Sequence[str]], total_size: int) -> str:
     )
 
 
-def write_configs(
-    folder: Path, config: BagelConfig, layout: str, dtype: str, generation: Mapping[str, Any]
-) -> list[str]:
-    """Write every config of a folder and, for transformers, its remote code; returns the names."""
+def preprocessor_config(config: BagelConfig) -> dict[str, Any]:
+    """Of SigLIP's image processor: serving engines ask for the file. Size in pixels."""
+    side = config.vit.image_size if config.vit else 0
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
+def write_configs(folder: Path, config: BagelConfig, layout: str, dtype: str, generation: Mapping[str, Any]) -> None:
+    """Write every config of a folder and, for transformers, its remote code."""
     config.save_pretrained(folder)
     scalars = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     nested = {
@@ -124,6 +147,7 @@ def write_configs(
     }
     write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
     write_text(folder / GENERATION_FILE, json.dumps(dict(generation), indent=2) + "\n")
+    if config.vit is not None and not (folder / PREPROCESSOR_FILE).exists():
+        write_text(folder / PREPROCESSOR_FILE, json.dumps(preprocessor_config(config), indent=2) + "\n")
     for name, text in code.items():
         write_text(folder / name, text)
-    return ["config.json", GENERATION_FILE, *(f"{part}.json" for part in nested), *code]

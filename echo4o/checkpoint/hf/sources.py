@@ -65,7 +65,7 @@ class Source:
     ) -> None:
         self.folder = Path(folder)
         _refuse_incomplete(self.folder)
-        self.step = _step_of(self.folder)
+        self.step = step_of(self.folder)
         self._merged = MergedWeights(self.folder, weights, base) if is_adapter_folder(self.folder) else None
         self._given_base = Path(base) if base else None
         if self._merged:
@@ -242,15 +242,15 @@ class Source:
 
     def vae_file(self) -> Path | None:
         """``ae.safetensors`` of the folder, else of its base."""
-        return next((p for folder in self._asset_folders() if (p := folder / WEIGHTS_FILE).is_file()), None)
+        return next((p for folder in self.asset_folders() if (p := folder / WEIGHTS_FILE).is_file()), None)
 
     def tokenizer_folder(self) -> Path | None:
         return next(
-            (f for f in self._asset_folders() if any((f / name).is_file() for name in TOKENIZER_FILES)),
+            (f for f in self.asset_folders() if any((f / name).is_file() for name in TOKENIZER_FILES)),
             None,
         )
 
-    def _asset_folders(self) -> list[Path]:
+    def asset_folders(self) -> list[Path]:
         return [self.folder] + ([self.base] if self.base else [])
 
 
@@ -273,7 +273,8 @@ def _refuse_incomplete(folder: Path) -> None:
         raise CheckpointError(f"{folder} is not a complete checkpoint: {'; '.join(wrong[:3])}. Take another one.")
 
 
-def _step_of(folder: Path) -> int | None:
+def step_of(folder: Path) -> int | None:
+    """Optimiser steps of a training checkpoint; None for another folder."""
     try:
         return int(json.loads((folder / MARKER).read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):

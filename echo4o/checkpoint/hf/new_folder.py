@@ -1,0 +1,84 @@
+"""A folder that is complete or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from echo4o.checkpoint.folders import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, num_bytes: int = 0) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` at the end; after an error there is nothing.
+
+    Args:
+        num_bytes: that will be written, to refuse a disk without room at once.
+
+    Raises:
+        CheckpointError: if `out` exists, another process is writing it, or it cannot be written.
+    """
+    out = Path(os.path.abspath(out))
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise CheckpointError(f"{out} exists already; choose another --out, or remove it")
+    partial = out.with_name(f".{out.name}.partial")
+    lock: IO[str] | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = _locked(out.with_name(f".{out.name}.lock"), out)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        _require_room(out.parent, num_bytes)
+        yield partial
+        _publish(partial, out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error.strerror or error}{_remedy(error)}") from error
+    finally:
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.unlink(lock.name)
+            lock.close()
+
+
+def _locked(path: Path, out: Path) -> IO[str]:
+    lock = open(path, "w", encoding="utf-8")  # noqa: SIM115 - open as long as the folder is filled
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise CheckpointError(f"another process is writing {out}; wait for it, or choose another --out") from error
+    except OSError as error:
+        logger.debug("%s cannot be locked: %s", path, error)
+    return lock
+
+
+def _require_room(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise OSError(errno.ENOSPC, f"{num_bytes / 1e9:,.2f} GB are needed, {free / 1e9:,.2f} GB are free on its disk")
+
+
+def _publish(partial: Path, out: Path) -> None:
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    if out.is_dir():
+        out.rmdir()
+    os.rename(partial, out)
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ". Make room there, or choose another --out; nothing was left behind"
+    return ". Choose another --out; nothing was left behind"
