@@ -67,11 +67,12 @@ def test_errors_with_a_remedy_are_known_by_their_classes():
     from echo4o.checkpoint.folders import CheckpointError
     from echo4o.data.errors import DataError
     from echo4o.model.attention import KernelError
+    from echo4o.train.failures import USER_ERRORS
     from echo4o.train.processes import RendezvousError
     from echo4o.train.trainer import NonFiniteError, RunError
 
     classes = (ConfigError, DataError, CheckpointError, NonFiniteError, KernelError, RunError, RendezvousError)
-    assert set(cli.USER_ERRORS) == {kind.__name__ for kind in classes}
+    assert set(USER_ERRORS) == {kind.__name__ for kind in classes}
 
 
 def test_picture_that_cannot_be_written_is_one_line(tmp_path):

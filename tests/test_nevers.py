@@ -57,7 +57,8 @@ def test_walls(path):
         if within(module, room):
             outside = [name for name in imports if not any(within(name, inside) for inside in allowed)]
             assert not outside
-    assert not [name for name in imports if within(name, "echo4o.cli")], "nothing imports the command line"
+    if not within(module, "echo4o.cli"):
+        assert not [name for name in imports if within(name, "echo4o.cli")], "nothing imports the command line"
 
 
 def test_the_check_sees_imports_of_every_form(tmp_path, monkeypatch):
