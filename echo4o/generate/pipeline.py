@@ -117,8 +117,26 @@ class Echo4oPipeline:
             for layer in model.language_model.model.layers:
                 layer.compile(dynamic=True)
         model.set_attention_kernel("auto")
-        vae = AutoEncoder.from_pretrained(assets, device=device) if model.config.visual_gen else None
+        return cls.around(model, assets, device, tokenizer)
+
+    @classmethod
+    def around(
+        cls,
+        model: Bagel,
+        assets: str | Path,
+        device: torch.device | str | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> Echo4oPipeline:
+        """Around a model in memory.
+
+        Args:
+            assets: folder with the tokenizer and the autoencoder.
+            device: of the autoencoder; the model's by default.
+            tokenizer: used instead of the folder's.
+        """
         config = model.config
+        tokenizer = load_tokenizer(assets) if tokenizer is None else tokenizer
+        vae = AutoEncoder.from_pretrained(assets, device=device or model.device) if config.visual_gen else None
         side = config.max_latent_size * (config.latent_downsample or 16)
         vit = config.vit_max_num_patch_per_side * (config.vit.patch_size if config.vit else 14)
         # BAGEL's published transforms, within what the position tables of a smaller model hold.
