@@ -52,6 +52,8 @@ class BagelForConditionalGeneration(PreTrainedModel):
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}
     # Published indexes list the autoencoder's file too; `load_vae` reads that.
     _keys_to_ignore_on_load_unexpected = [r"^(encoder|decoder)\."]
+    # Fixed tables: their formula fills them.
+    _keys_to_ignore_on_load_missing = [r"^(latent|vit)_pos_embed\.", r"^vit_model\.vision_model\.rope\."]
     _no_split_modules = ["DecoderLayer", "VisionLayer"]
     _supports_sdpa = True
     bagel: Bagel
@@ -70,6 +72,16 @@ class BagelForConditionalGeneration(PreTrainedModel):
         self.post_init()
 
     # ------------------------------------------------------------ weights
+
+    @classmethod
+    def from_pretrained(cls, *inputs: Any, **options: Any) -> Any:
+        """As every model of transformers."""
+        loaded = super().from_pretrained(*inputs, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for module in model.modules():
+            if isinstance(module, PositionTable):
+                module.requires_grad_(False)  # transformers makes new parameters, which would all be trained
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
