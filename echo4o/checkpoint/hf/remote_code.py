@@ -7,6 +7,7 @@ imports of one another, which become relative, and a heading that names licence 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 
@@ -34,6 +35,12 @@ _HEADING = """\
 # Copyright 2026 the echo4o authors. SPDX-License-Identifier: Apache-2.0
 # Generated from echo4o {version}, {origin}: changes belong there.
 """
+_FOOTING = """
+
+# transformers 4 copies no files of a local folder but those that this one imports itself.
+{imports}
+"""
+_RELATIVE_IMPORT = re.compile(r"^\s*from \.(\w+) import ", re.MULTILINE)
 
 
 def remote_files() -> dict[str, str]:
@@ -44,7 +51,19 @@ def remote_files() -> dict[str, str]:
         source = files(".".join(packages)).joinpath(f"{stem}.py").read_text(encoding="utf-8")
         heading = _HEADING.format(version=version, origin=f"{module.replace('.', '/')}.py")
         texts[f"{name}.py"] = heading + with_relative_imports(source, module)
-    return texts
+    return {name: text + _footing(name, texts) for name, text in texts.items()}
+
+
+def _footing(name: str, texts: Mapping[str, str]) -> str:
+    """Imports of what a class of `AUTO_MAP` needs by way of other files only."""
+    if name.removesuffix(".py") not in {entry.split(".")[0] for entry in AUTO_MAP.values()}:
+        return ""
+    direct = set(_RELATIVE_IMPORT.findall(texts[name]))
+    found = set(direct)
+    while more := {far for near in found for far in _RELATIVE_IMPORT.findall(texts[f"{near}.py"])} - found:
+        found |= more
+    imports = [f"from .{far} import __name__ as _  # noqa: F401" for far in sorted(found - direct)]
+    return _FOOTING.format(imports="\n".join(imports)) if imports else ""
 
 
 def with_relative_imports(source: str, module: str) -> str:
