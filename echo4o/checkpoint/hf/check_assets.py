@@ -24,7 +24,8 @@ def check_tokenizer(examination: Examination, vocab_size: int | None, *, for_ups
         for_upstream: also look for the files that upstream's own tokenizer class reads.
     """
     folder = examination.folder
-    if examination.unusable & {"tokenizer.json", "tokenizer_config.json", *_UPSTREAM_FILES}:
+    # transformers looks into config.json too.
+    if examination.unusable & {"config.json", "tokenizer.json", "tokenizer_config.json", *_UPSTREAM_FILES}:
         return
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         examination.error("tokenizer.json", "is missing, and so are vocab.json and merges.txt: no tokenizer", _COPY)

@@ -23,6 +23,7 @@ JSON_FILES = (*SCALAR_FILES, "llm_config.json", "vit_config.json", "generation_c
 AGAIN = "copy or download the file again"
 _COMMA_BEFORE_END = re.compile(r",(?=\s*[}\]])")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+_FILE_FAULT = re.compile(r"(.+?) (is missing|is a dangling link|has .*)")
 #: What other programs keep beside weights, and what upstream keeps beside them in its training checkpoints.
 _FOREIGN = ("pytorch_model*.bin", "*.distcp", "*_optim_states.pt", "*.ckpt")
 _IGNORED = ("optimizer.*.pt", "scheduler.pt", "data_status.pt")
@@ -39,6 +40,7 @@ class WeightSet:
         partial: what trained alone, beside adapters.
         mapped: tensor → file, as the index says.
         misplaced: tensor → file that holds it, where the index says otherwise.
+        twins: indexes of the same files.
     """
 
     label: str
@@ -47,6 +49,7 @@ class WeightSet:
     partial: bool = False
     mapped: dict[str, str] = field(default_factory=dict)
     misplaced: dict[str, str] = field(default_factory=dict)
+    twins: list[WeightSet] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Stored]:
         """The model's, by upstream's names."""
@@ -79,15 +82,13 @@ def check_complete(examination: Examination) -> Provenance | None:
 
 def _marker_fault(examination: Examination, fault: str) -> None:
     fix = "take an earlier checkpoint; the others of the run are untouched"
-    name, _, what = fault.partition(" ")
-    if name == str(examination.folder):
-        examination.error(MARKER, "is missing: the save was interrupted", fix)
-    elif name.startswith(str(examination.folder)):
-        examination.error(MARKER, what, fix)
-    elif what in ("is missing", "is a dangling link"):
-        examination.unusable_file(name, what, fix)
-    else:
-        examination.doubt(name, what, fix)
+    of_file = _FILE_FAULT.fullmatch(fault)
+    if fault.startswith(str(examination.folder)):
+        examination.error(MARKER, "is missing or unreadable: the save was interrupted", fix)
+    elif of_file and of_file[2].startswith("has "):
+        examination.doubt(of_file[1], of_file[2], fix)
+    elif of_file:
+        examination.unusable_file(of_file[1], of_file[2], fix)
 
 
 def read_json_files(examination: Examination) -> dict[str, dict[str, Any]]:
@@ -157,10 +158,13 @@ def find_sets(examination: Examination, weights: str | None, headers: dict[str, 
         for name in names:
             index = name.endswith(".json")
             found = _indexed(examination, name, headers) if index else _single(examination, name, headers)
+            if found is None:
+                continue
+            found.partial = has_adapter
+            files = found.headers.keys() - {WEIGHTS_FILE}
             # One folder for two layouts: the index names the single file.
-            if found and not any(found.headers.keys() - {WEIGHTS_FILE} == other.headers.keys() for other in sets):
-                found.partial = has_adapter
-                sets.append(found)
+            twin = next((other for other in sets if other.headers.keys() - {WEIGHTS_FILE} == files), None)
+            (twin.twins if twin else sets).append(found)
         if path is not None and path.suffix != ".json":
             _check_other_index(examination, path, headers)
     _check_left_over(examination, sets)

@@ -115,10 +115,7 @@ def _check_tables(
             continue
         rows, side = found[1].shape[0], math.isqrt(found[1].shape[0])
         if side * side != rows:
-            examination.error(
-                found[0], f"holds {name} with {rows:,} entries, which is no square", "remove the tensor: it is computed"
-            )
-            continue
+            continue  # a wrong shape, whatever the config states
         sides[key] = side
         if where and values.get(key, side) != side:
             examination.error(
@@ -170,14 +167,8 @@ def check_manifest(examination: Examination, sets: Sequence[WeightSet], model: B
             missing = [name for name in missing if name not in (_HEAD, _EMBEDDING)]
         extra = [name for name in held if name not in expected and not name.startswith(VAE_PREFIXES)]
         _report(examination, found.label, expected, held, missing, extra)
-        if misplaced := [name for name in found.misplaced if upstream_name(name) not in extra]:
-            name = misplaced[0]
-            examination.error(
-                found.label,
-                f"says otherwise than its shards where {counted(len(misplaced), 'tensor')} lie, e.g. {name}, which "
-                f"{found.misplaced[name]} holds",
-                "download the index and its shards again: they belong to different saves",
-            )
+        for index in (found, *found.twins):
+            _check_index(examination, index, {*missing, *extra})
         absent = [name for name in expected if name in tables and name not in known]
         if absent and not found.partial:
             examination.note(found.label, f"leaves out {some(absent)}: fixed tables, which are computed")
@@ -188,6 +179,25 @@ def check_manifest(examination: Examination, sets: Sequence[WeightSet], model: B
                 f"names its tensors in another program's way, e.g. {foreign[0]}: read here, not by upstream's scripts",
                 "echo4o export writes a folder with upstream's names",
             )
+
+
+def _check_index(examination: Examination, found: WeightSet, said: set[str]) -> None:
+    """An index names the tensors that its files hold; `said` are those that something was said of already."""
+    held = {file: header.tensors for file, header in found.headers.items()}
+    wrong = [(name, f"{file} holds") for name, file in found.misplaced.items()]
+    wrong += [
+        (name, "no file holds")
+        for name, file in found.mapped.items()
+        if name not in held.get(file, {name}) and name not in found.misplaced and file != WEIGHTS_FILE
+    ]
+    wrong = [(name, where) for name, where in wrong if upstream_name(name) not in said]
+    if wrong:
+        name, where = wrong[0]
+        examination.error(
+            found.label,
+            f"says otherwise than its files where {counted(len(wrong), 'tensor')} lie, e.g. {name}, which {where}",
+            "download the index and its files again: they belong to different saves",
+        )
 
 
 def _report(

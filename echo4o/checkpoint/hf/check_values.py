@@ -18,7 +18,7 @@ from torch import Tensor
 
 from echo4o.checkpoint.hf.findings import Examination, counted, some
 from echo4o.checkpoint.hf.headers import Header, Stored
-from echo4o.checkpoint.hf.reading import reading
+from echo4o.checkpoint.hf.progress import byte_progress
 from echo4o.model import Bagel
 from echo4o.model.pretrained import upstream_name
 from echo4o.model.vae import WEIGHTS_FILE
@@ -62,7 +62,7 @@ def check_values(
     rest = [name for name in digests if name not in headers]
     sizes = [header.num_bytes for header in headers.values()]
     sizes += [(examination.folder / name).stat().st_size for name in rest]
-    with reading("checking values", sum(sizes)) as advance:
+    with byte_progress("checking values", sum(sizes)) as advance:
         for name, header in headers.items():
             seen, digest = _Seen(), hashlib.sha256() if name in digests else None
             try:

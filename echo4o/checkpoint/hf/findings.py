@@ -100,14 +100,14 @@ def report_text(findings: Sequence[Finding], folder: str | Path) -> str:
         lines.append(f"  {_MARKS[finding.level]}  {where}{finding.what}")
         if finding.fix:
             lines.append(f"           → {finding.fix}")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def report_json(findings: Sequence[Finding], folder: str | Path) -> str:
     """``{"folder", "ok", "errors", "warnings", "notes", "findings": [{"level", "where", "what", "fix"}]}``."""
     counts = {f"{level}s": sum(finding.level == level for finding in findings) for level in LEVELS}
     content = {"folder": str(folder), "ok": not exit_status(findings), **counts}
-    return json.dumps({**content, "findings": [asdict(finding) for finding in findings]}, indent=2) + "\n"
+    return json.dumps({**content, "findings": [asdict(finding) for finding in findings]}, indent=2)
 
 
 def _summary(findings: Sequence[Finding]) -> str:

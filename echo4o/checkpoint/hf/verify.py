@@ -33,13 +33,22 @@ from echo4o.checkpoint.hf.check_tensors import (
     read_model,
 )
 from echo4o.checkpoint.hf.check_values import check_values
-from echo4o.checkpoint.hf.findings import Examination, Finding, counted
+from echo4o.checkpoint.hf.findings import (
+    Examination,
+    Finding,
+    counted,
+    exit_status,
+    report_json,
+    report_text,
+)
 from echo4o.checkpoint.hf.headers import Header
 from echo4o.checkpoint.hf.probe import probe_outputs
 from echo4o.model import Bagel
 from echo4o.model.config import SCALAR_FILES
 from echo4o.model.vae import WEIGHTS_FILE
 from echo4o.train.memory import available_host_memory
+
+__all__ = ["Finding", "exit_status", "fits_in_memory", "report_json", "report_text", "verify"]
 
 _TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -189,7 +198,7 @@ def _check_forward(
         reason = "there are errors"
     elif model is None:
         reason = "the base of the adapters is not here"
-    elif forward is None and not _fits(model, dtype):
+    elif forward is None and not fits_in_memory(model, dtype):
         reason = "the model would take more than half of the free memory"
     if reason:
         examination.note(".", f"no forward pass was run: {reason}")
@@ -210,7 +219,9 @@ def _check_forward(
         examination.note(".", f"a forward pass in {dtype} gives finite numbers")
 
 
-def _fits(model: Bagel, dtype: str) -> bool:
+def fits_in_memory(model: Bagel, dtype: str | torch.dtype) -> bool:
+    """Whether a model's weights take at most half of the free memory."""
+    size = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
     available = available_host_memory()
-    needed = sum(parameter.numel() for parameter in model.parameters()) * getattr(torch, dtype).itemsize
+    needed = sum(parameter.numel() for parameter in model.parameters()) * size
     return available is not None and needed <= available / 2
