@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from echo4o.checkpoint.hub_errors import in_words, is_passing, is_unreachable, quiet_requests, status_of
+from echo4o.checkpoint.hub_errors import first_cause, in_words, is_of_the_hub, is_passing, quiet_requests, status_of
 
 T = TypeVar("T")
 
@@ -54,9 +54,11 @@ def local_folder(model: str | Path, revision: str | None = None) -> Path:
     except HubError:
         raise
     except Exception as error:  # of several libraries, with the token's request in some: only our words leave
-        if not _is_of_the_hub(error):
+        if not is_of_the_hub(error):
             raise
-        raise HubError(f"{model} is no folder here, and: {in_words(error, name, revision or stated)}") from None
+        raise HubError(
+            f"{model} is no folder here, and: {in_words(first_cause(error), name, revision or stated)}"
+        ) from None
 
 
 def split_name(model: str | Path) -> tuple[str, str | None]:
@@ -196,7 +198,3 @@ def _announce(name: str, commit: str, wanted: dict[str, int], missing: dict[str,
             f"{name} needs {size_text(size)}, and {cache} has {size_text(free)} left: make room there, or set HF_HOME "
             "to a folder on another disk"
         )
-
-
-def _is_of_the_hub(error: BaseException) -> bool:
-    return status_of(error) is not None or is_unreachable(error) or isinstance(error, OSError)

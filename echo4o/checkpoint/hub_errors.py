@@ -11,6 +11,8 @@ from collections.abc import Iterator
 #: Statuses of a server that may answer the same request later.
 BUSY = (408, 429, 500, 502, 503, 504)
 _TOKEN = re.compile(r"(hf_|Bearer\s+|oauth_)[\w.=+/-]{6,}")
+#: Loggers that tell of each request, at some level with what the server answers.
+_CHATTY = ("httpx", "httpx2", "httpcore", "httpcore2", "filelock")
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -19,6 +21,11 @@ def without_token(text: str, token: str | None = None) -> str:
     if token:
         text = text.replace(token, "(token)")
     return _TOKEN.sub("(token)", text)
+
+
+def holds_token(text: str) -> bool:
+    """Whether a text that is to be published holds what looks like the hub's access token."""
+    return re.search(r"\bhf_[A-Za-z0-9]{20,}", text) is not None
 
 
 def is_unreachable(error: BaseException) -> bool:
@@ -35,8 +42,24 @@ def status_of(error: BaseException) -> int | None:
 
 def is_passing(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
-    causes = [error, *([error.__cause__] if error.__cause__ else [])]
-    return any(is_unreachable(cause) or status_of(cause) in BUSY for cause in causes)
+    cause = first_cause(error)
+    return is_unreachable(cause) or status_of(cause) in BUSY
+
+
+def is_of_the_hub(error: BaseException) -> bool:
+    """Whether an error comes of a transfer, and not of a fault in our code."""
+    cause = first_cause(error)
+    return status_of(cause) is not None or is_unreachable(cause) or isinstance(cause, OSError)
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The answer or the break of the connection behind an error of the hub's library; itself if there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if status_of(cause) is not None or is_unreachable(cause):
+            return cause
+        cause = cause.__cause__
+    return error
 
 
 def in_words(error: BaseException, name: str, revision: str | None = None, *, to_write: bool = False) -> str:
@@ -84,7 +107,7 @@ def in_words(error: BaseException, name: str, revision: str | None = None, *, to
 @contextlib.contextmanager
 def quiet_requests() -> Iterator[None]:
     """No line a request in the log, whose addresses may be signed."""
-    loggers = [logging.getLogger(name) for name in ("httpx", "httpx2", "filelock")]
+    loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)

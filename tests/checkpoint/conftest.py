@@ -1,5 +1,7 @@
 """A hub of our own for the tests of downloads and uploads."""
 
+import time
+
 import pytest
 from huggingface_hub import constants
 
@@ -17,6 +19,8 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.delenv("HF_TOKEN", raising=False)
+        sleep = time.sleep
+        monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.01)))  # between attempts
         monkeypatch.setattr("echo4o.checkpoint.hub.PAUSES", (0.0, 0.0))
         monkeypatch.chdir(tmp_path)  # no folder here is taken for a repository's owner
         yield server
