@@ -1,4 +1,4 @@
-"""This project's model around tensors that another library holds (the rest: tests/checkpoint/hf/test_remote_code.py)."""
+"""Our model around tensors that another library holds (see also tests/checkpoint/hf/test_remote_code.py)."""
 
 from __future__ import annotations
 
