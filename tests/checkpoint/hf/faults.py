@@ -54,6 +54,12 @@ def first_shard(folder: Path) -> Path:
     return min(folder.glob("model-0*.safetensors"))
 
 
+def comma_too_many(folder: Path) -> None:
+    """As BAGEL-7B-MoT's config.json was published first."""
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.rstrip()[:-1] + ",}")
+
+
 def in_first_shard(change: Callable[[dict], object]) -> Break:
     return lambda folder: change_tensors(first_shard(folder), change)
 
@@ -111,6 +117,7 @@ BAD: dict[str, tuple[str, Break, str, str]] = {
     # layout, what is done to it, file that is blamed, words of the error
     "no config": ("bagel", remove("*config.json"), ".", "no config"),
     "broken config": ("bagel", write("config.json", "{"), "config.json", "not valid JSON"),
+    "comma too many": ("bagel", comma_too_many, "config.json", "cannot be read by transformers"),
     "list as config": ("bagel", write("config.json", "[]"), "config.json", "list instead of an object"),
     "broken llm config": ("bagel", write("llm_config.json", "{"), "llm_config.json", "not valid JSON"),
     "broken vit config": ("bagel", write("vit_config.json", ""), "vit_config.json", "not valid JSON"),
