@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from echo4o.checkpoint.folders import CheckpointError, fingerprint
+from echo4o.checkpoint.hub import local_folder
 from echo4o.checkpoint.inventory import ADAPTER
 from echo4o.checkpoint.names import ADAPTER_PREFIX, is_adapter
 from echo4o.checkpoint.pieces import whole
@@ -314,19 +315,25 @@ class MergedWeights:
 
 
 def base_folder(folder: Path, config: AdapterConfig, base: str | Path | None = None) -> Path:
-    """Where an adapter's base lies.
+    """Where an adapter's base lies; one that is named by its repository of the hub is downloaded.
 
     Raises:
         CheckpointError: if it is not there.
     """
-    found = Path(base) if base else Path(config.base)
-    if (base or config.base) and found.is_dir():
-        return found
+    named = base or config.base
+    if named and Path(named).is_dir():
+        return Path(named)
+    reason = ""
+    if named and not Path(named).is_absolute():
+        try:
+            return local_folder(named)
+        except FileNotFoundError as error:
+            reason = f" ({error})"
     if base:
-        raise CheckpointError(f"base is {base}, which is not a folder; pass the BAGEL folder of {folder}")
+        raise CheckpointError(f"base is {base}, which is not a folder{reason}; pass the BAGEL folder of {folder}")
     raise CheckpointError(
-        f"{folder} holds LoRA adapters of {config.base or 'an unnamed base'}, which is not there (any more). Say where "
-        "it is now: base= in Python, --base FOLDER on the command line."
+        f"{folder} holds LoRA adapters of {config.base or 'an unnamed base'}, which is not there (any more){reason}. "
+        "Say where it is now: base= in Python, --base FOLDER on the command line."
     )
 
 

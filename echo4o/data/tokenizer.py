@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol, runtime_checkable
 
 from echo4o.data.errors import DataError
@@ -52,7 +56,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns of config.json's model_type "bagel", which it does not need
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # Without the last word transformers asks on the terminal whether a folder's code may be run, and waits.
+        options = {"local_files_only": True, "trust_remote_code": False}
+        if _is_json(folder / "config.json"):
+            return AutoTokenizer.from_pretrained(str(folder), **options)
+        with _tokenizer_files_alone(folder) as alone:
+            return AutoTokenizer.from_pretrained(alone, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         found = ", ".join(sorted(path.name for path in folder.glob("*token*"))) or "no tokenizer files"
         raise DataError(
@@ -61,6 +70,26 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def _tokenizer_files_alone(folder: Path) -> Iterator[str]:
+    """BAGEL-7B-MoT's first config.json was no JSON, and transformers, which does not need it, stops there."""
+    with TemporaryDirectory() as alone:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja") and path.name != "config.json":
+                os.symlink(path.resolve(), Path(alone) / path.name)
+        yield alone
 
 
 def add_special_tokens(tokenizer: Tokenizer) -> SpecialTokens:

@@ -67,8 +67,9 @@ def write_bagel(folder: Path, config: BagelConfig | None = None) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Bagel(config)
-        torch.nn.init.normal_(model.llm2vae.weight, std=0.02)
-        vae = AutoEncoder(config.vae)
+        if config.visual_gen:
+            torch.nn.init.normal_(model.llm2vae.weight, std=0.02)
+        vae = AutoEncoder(config.vae or VAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1))
     config.save_pretrained(folder)
     write_weights(model.state_dict(), folder, "model")
     save_file(vae.state_dict(), folder / "ae.safetensors")

@@ -143,7 +143,9 @@ def write_configs(folder: Path, config: BagelConfig, layout: str, dtype: str, ge
         **scalars,
         "tie_word_embeddings": config.llm.tie_word_embeddings,
         **nested,
-        **({"dtype": dtype} if dtype != "auto" else {}),
+        "freeze_und": False,
+        # transformers 5 reads the first, 4 the second.
+        **({"dtype": dtype, "torch_dtype": dtype} if dtype != "auto" else {}),
     }
     write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
     write_text(folder / GENERATION_FILE, json.dumps(dict(generation), indent=2) + "\n")

@@ -41,7 +41,10 @@ def new_folder(out: Path, num_bytes: int = 0) -> Iterator[Path]:
         yield partial
         _publish(partial, out)
     except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {error.strerror or error}{_remedy(error)}") from error
+        reason = error.strerror or error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = "a part of the path is a file"
+        raise CheckpointError(f"cannot write {out}: {reason}{_remedy(error)}") from error
     finally:
         if lock is not None:
             shutil.rmtree(partial, ignore_errors=True)
