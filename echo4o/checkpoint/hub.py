@@ -72,6 +72,11 @@ def split_name(model: str | Path) -> tuple[str, str | None]:
     if found is None:
         raise HubError(f"{model} is not a folder; pass a BAGEL folder, a checkpoint of a run, or owner/name")
     owner = text.partition("/")[0]
+    if owner == "hf" and found[2] is None:  # where upstream's commands have their folders
+        raise HubError(
+            f"{model} is not a folder; download the model there, or pass its name on the hub, for example "
+            "ByteDance-Seed/BAGEL-7B-MoT"
+        )
     if found[2] is None and Path(owner).is_dir():
         raise HubError(
             f"{model} is not a folder, though {owner} is one; correct the path, or write {model}@main for the hub's"
@@ -95,8 +100,14 @@ def repository_of(folder: str | Path) -> tuple[str, str] | None:
     return f"{found[1]}/{found[2]}", folder.name
 
 
-def cached_folder(name: str, commit: str) -> Path:
-    """Where the cache has a commit of a repository; nothing is asked of the hub.
+def published_name(folder: str | Path) -> str:
+    """``owner/name@commit`` of a folder in the hub's cache, which others can use too; other folders' absolute path."""
+    found = repository_of(folder)
+    return "@".join(found) if found else str(Path(folder).resolve())
+
+
+def cached_folder(name: str, revision: str | None = None) -> Path:
+    """Where the cache has a repository; nothing is asked of the hub.
 
     Raises:
         HubError: if it has not all of it.
@@ -104,9 +115,9 @@ def cached_folder(name: str, commit: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=commit, local_files_only=True, **_patterns()))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, **_patterns()))
     except OSError as error:
-        raise HubError(in_words(error, name, commit)) from None
+        raise HubError(in_words(error, name, revision)) from None
 
 
 def size_text(num_bytes: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,11 +51,15 @@ class LoadPlan:
         return "\n".join([head, *(f"  {note}" for note in self.notes)])
 
 
-def plan_loading(config: RunConfig, newest: str | Path | None = None) -> LoadPlan:
+def plan_loading(
+    config: RunConfig, newest: str | Path | None = None, locate: Callable[[str], str] | None = None
+) -> LoadPlan:
     """Resolve ``init_from``, ``resume_from`` and upstream's loading flags.
 
     Args:
         newest: the newest complete checkpoint in ``checkpoint_dir``, if any; used when ``auto_resume`` is set.
+        locate: gives the folder of a name that is none (a hub repository's), or the name itself. Asked only for what a
+            new start reads.
 
     Raises:
         ConfigError: if flags contradict each other or a folder does not exist.
@@ -69,10 +74,25 @@ def plan_loading(config: RunConfig, newest: str | Path | None = None) -> LoadPla
         for name, file in config.overruled.items()
     ]
     plan = _own_verbs(config) if training.init_from else _upstream_flags(config)
+    if locate is not None:
+        plan = _located(plan, locate)
     for path in (plan.init_from, plan.resume_from, plan.configs_from):
         _require_folder(config, path)
     _require_base(config, plan)
     return replace(plan, notes=(*notes, *plan.notes, *_idle_settings(config, plan)))
+
+
+def _located(plan: LoadPlan, locate: Callable[[str], str]) -> LoadPlan:
+    """The plan with folders in place of names, which its notes keep."""
+    names = [name for name in dict.fromkeys((plan.init_from, plan.configs_from)) if name and name != plan.resume_from]
+    folders = {name: locate(name) for name in names}
+    notes = [f"{name} is {folder}" for name, folder in folders.items() if folder != name]
+    return replace(
+        plan,
+        init_from=folders.get(plan.init_from or "", plan.init_from),
+        configs_from=folders.get(plan.configs_from or "", plan.configs_from),
+        notes=(*plan.notes, *notes),
+    )
 
 
 def _require_base(config: RunConfig, plan: LoadPlan) -> None:
@@ -164,5 +184,5 @@ def _require_folder(config: RunConfig, path: str | None) -> None:
     name = names[0] if names else "checkpoint"
     raise ConfigError(
         f"{name} is {path} ({config.source(name)}), which is not a folder. "
-        "Download the model there, or correct the path."
+        "Correct the path, download the model there, or name a repository of the hub: owner/name."
     )

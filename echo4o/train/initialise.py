@@ -21,6 +21,7 @@ from echo4o.model import Bagel, BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from echo4o.model.config import SCALAR_FILES
 from echo4o.model.pretrained import find_weights, read_shapes
 from echo4o.model.vae import WEIGHTS_FILE, infer_config
+from echo4o.train.fetching import folder_here
 from echo4o.train.lora import scaled_alpha
 
 #: What a config file with unexpected content makes of reading it.
@@ -116,7 +117,7 @@ def _require_same_adapters(saved: AdapterConfig, folder: Path, config: RunConfig
 def _base_file(base: AdapterConfig, folder: Path, config: RunConfig) -> Path:
     """The base that a LoRA checkpoint names, or, if it has moved, the one that the settings start from."""
     stated = config.training.init_from
-    for candidate in (base.base, stated):
+    for candidate in (folder_here(base.base), folder_here(stated or "")):
         if candidate and Path(candidate).is_dir() and (path := find_weights(candidate, base.base_weights)) is not None:
             if is_same_base(path, base):
                 return path

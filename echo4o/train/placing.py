@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from echo4o.checkpoint.adapters import AdapterConfig, weights_fingerprint
+from echo4o.checkpoint.hub import published_name
 from echo4o.checkpoint.slices import LayeredReader, WeightsReader
 from echo4o.config import ConfigError, LoadPlan, RunConfig
 from echo4o.config.lists import split_names, split_rates
@@ -93,7 +94,7 @@ def adapter_config(
     if initial.base_file is None:
         raise ConfigError("LoRA adapts weights that lie in files: start from a model folder with --init_from")
     return AdapterConfig(
-        base=str(initial.base_file.parent.resolve()),
+        base=published_name(initial.base_file.parent),
         rank=training.lora_rank,
         alpha=scaled_alpha(training.lora_rank, training.lora_alpha),
         dropout=training.lora_dropout,

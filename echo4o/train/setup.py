@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from echo4o.train.data import build_groups, build_loader, build_tokenizer
 from echo4o.train.ema import EMA
 from echo4o.train.engine import Engine, build_engine
 from echo4o.train.engine.single import resolve_device
+from echo4o.train.fetching import fetch_base, fetch_model
 from echo4o.train.initialise import InitialModel, architecture_of, initial_model
 from echo4o.train.liveness import Liveness
 from echo4o.train.memory import (
@@ -144,7 +146,10 @@ def set_up(config: RunConfig, processes: Processes, device: torch.device, livene
     for note in validate(config, processes.world_size):
         logger.warning(note)
     newest = str(folders.latest(training.checkpoint_dir) or "") if training.auto_resume and not processes.rank else ""
-    plan = plan_loading(config, processes.broadcast(newest) or None)
+    fetch = partial(fetch_model, processes=processes, on_progress=_on_fetching(liveness))
+    plan = plan_loading(config, processes.broadcast(newest) or None, fetch)
+    if plan.resume_from:
+        fetch_base(plan.resume_from, training.init_from, fetch)
     packs_per_rank, pack_note = _packs_per_rank(plan, config, processes)
     engine = build_engine(config, processes, device, packs_per_rank)
     torch.manual_seed(training.global_seed)  # a model that is initialised here is the same on every rank
@@ -200,6 +205,10 @@ def set_up(config: RunConfig, processes: Processes, device: torch.device, livene
         remove_stop_marker(training.results_dir)
         print(_banner(run, plan, initial, unexpected, groups, memory, pack_note), flush=True)
     return run
+
+
+def _on_fetching(liveness: Liveness | None) -> Callable[[], None]:
+    return lambda: liveness.progress(0, "fetching the model") if liveness else None
 
 
 def join(config: RunConfig, processes: Processes) -> torch.device:
