@@ -32,7 +32,28 @@ def write_checkpoint(folder: Path, gigabytes: float, dtype: str) -> int:
     config = json.loads((folder / "config.json").read_text())
     config["vae_config"] = json.loads((EXAMPLE / "config.json").read_text())["vae_config"]
     (folder / "config.json").write_text(json.dumps(config))
+    write_tables(folder, dtype)
     return num_bytes
+
+
+def write_tables(folder: Path, dtype: str) -> None:
+    """The position tables are no noise."""
+    import torch
+
+    from echo4o.checkpoint.pieces import flat
+    from echo4o.checkpoint.shared_file import SharedFile, plan_file
+    from echo4o.model import Bagel, BagelConfig
+    from echo4o.model.embeddings import sincos_2d
+
+    with torch.device("meta"):
+        model = Bagel(BagelConfig.from_pretrained(folder))
+    number = getattr(torch, dtype)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    layout = plan_file({name: (number, shape) for name, shape in shapes.items()})
+    with SharedFile(folder / "ema.safetensors", layout) as file:
+        for name in ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"):
+            num_entries, width = shapes[name]
+            file.write(name, 0, flat(sincos_2d(width, math.isqrt(num_entries)).to(number).contiguous()))
 
 
 def child(how: str, folder: Path, out: Path) -> None:
