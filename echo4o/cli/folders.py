@@ -153,6 +153,33 @@ def diff(
 
 
 @verbs.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder that echo4o export has written.")],
+    repository: Annotated[str, typer.Argument(help="user/name on the hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; default: main.", show_default=False)] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify, and list what would be sent.")] = False,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Remove the repository's other files.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Send it although something is wrong.")] = False,
+) -> None:
+    """Publish a folder on the Hugging Face hub, with its model card, as one commit. Log in first: hf auth login.
+
+    echo4o push my-bagel user/my-bagel
+    """
+
+    def work() -> None:
+        from echo4o.checkpoint.hf.push import push as send
+
+        send(
+            folder, repository, private=private, revision=revision, message=message, dry_run=dry_run, mirror=mirror,
+            force=force, say=typer.echo,
+        )  # fmt: skip
+
+    raise typer.Exit(report_errors(work, also=(OSError,)))
+
+
+@verbs.command()
 def merge(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with LoRA adapters (adapter_config.json).")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
