@@ -53,7 +53,7 @@ class AdapterConfig:
     """What ``adapter_config.json`` says.
 
     Attributes:
-        base: folder of the weights that the adapters belong to.
+        base: folder of the weights that the adapters belong to, or their name on the hub, ``owner/name@commit``.
         rank, alpha: the update of a weight is alpha / rank · B A.
         target_modules: names of the adapted layers.
         base_weights: which of the base's weights, ``ema`` or ``model`` (a key of ours; None: EMA where there is one).
@@ -105,10 +105,12 @@ class Adapter:
 
 def write_adapter_config(folder: str | Path, config: AdapterConfig) -> None:
     """Write ``adapter_config.json``."""
+    base, _, revision = (config.base, "", "") if Path(config.base).is_absolute() else config.base.partition("@")
     content = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": config.base,
+        "base_model_name_or_path": base,
+        "revision": revision or None,
         "base_weights": config.base_weights,
         "base_fingerprint": config.base_fingerprint,
         "r": config.rank,
@@ -132,8 +134,9 @@ def read_adapter_config(folder: str | Path) -> AdapterConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         targets = content.get("target_modules") or ()
+        base, revision = str(content.get("base_model_name_or_path") or ""), content.get("revision")
         config = AdapterConfig(
-            base=str(content.get("base_model_name_or_path") or ""),
+            base=f"{base}@{revision}" if base and revision else base,
             rank=int(content["r"]),
             alpha=float(content["lora_alpha"]),
             dropout=float(content.get("lora_dropout", 0.0)),

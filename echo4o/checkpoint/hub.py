@@ -14,8 +14,9 @@ from echo4o.checkpoint.hub_errors import first_cause, in_words, is_of_the_hub, i
 
 T = TypeVar("T")
 
-#: What a model needs; weights in other formats, pictures and code are not fetched.
-FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+#: What belongs to a model; weights in other formats and pictures are not fetched. Its code is: nothing here runs it,
+#: but `transformers` may, and verification looks for it.
+FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py")
 #: The state of a training run, which no model needs.
 TRAINING_STATE = ("optimizer*", "*/optimizer*", "ranks/*", "*/ranks/*", "*.pt", "*.bin")
 #: Seconds to wait before a transfer that broke off is taken up again.
@@ -158,9 +159,22 @@ def _download(name: str, revision: str | None) -> Path:
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True, **_patterns()))
         print(f"{name}: the hub does not answer; commit {folder.name[:10]} of the cache", file=sys.stderr, flush=True)
         return folder
+    options = _patterns()
     if missing:
         _announce(name, commit, wanted, missing)
-    return Path(patiently(lambda: snapshot_download(name, revision=revision, **_patterns())))
+    else:
+        options["tqdm_class"] = _no_bar()
+    return Path(patiently(lambda: snapshot_download(name, revision=revision, **options)))
+
+
+def _no_bar() -> type:
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "disable": True})
+
+    return Silent
 
 
 def _listing(name: str, revision: str | None) -> tuple[dict[str, int], dict[str, int], str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from echo4o.checkpoint.adapters import load_bagel
 from echo4o.checkpoint.hub import repository_of
 from echo4o.config import ConfigError, load_config, plan_loading
 from echo4o.train.fetching import fetch_model
@@ -34,13 +35,13 @@ def test_a_run_starts_from_the_hub_and_goes_on_without_it(published, tmp_path, c
     assert f"{NAME} is " in text and f"snapshots/{commit}" in text
     assert f"init_from: {NAME}\n" in (out / "config.yaml").read_text(), "the name, not a place of this machine"
     adapters = json.loads((out / "checkpoints" / "0000001" / "adapter_config.json").read_text())
-    assert adapters["base_model_name_or_path"].startswith(NAME)
-    assert adapters.get("revision") == commit or adapters["base_model_name_or_path"] == f"{NAME}@{commit}"
+    assert (adapters["base_model_name_or_path"], adapters["revision"]) == (NAME, commit)
 
     hub.requests.clear()
     hub.stop()
     train(run_config(Path(NAME), out, total_steps=2, save_every=1, lora_rank=2, auto_resume=True))
     assert (out / "checkpoints" / "0000002").is_dir()
+    assert load_bagel(out / "checkpoints" / "0000002"), "the base is found by its name"
 
 
 def test_what_the_hub_does_not_give_is_the_settings_fault(hub, tmp_path):

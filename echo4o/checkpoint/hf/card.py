@@ -91,7 +91,7 @@ def write_card(
         _evaluation(scores),
         _training(facts, pictures),
         _limitations(provenance, facts, scores),
-        _files(folder, provenance),
+        _files(provenance),
         _origin(folder, provenance, base, base_commit),
         usage.CITATION,
     ]
@@ -328,13 +328,13 @@ def _limitations(provenance: Provenance, facts: TrainingFacts, scores: Sequence[
     return "\n".join(lines)
 
 
-def _files(folder: Path, provenance: Provenance) -> str:
+def _files(provenance: Provenance) -> str:
     if not provenance.files:
         return ""
-    rows = [
-        f"| `{name}` | {size_text(entry['size'])} | {usage.purpose(name, provenance.layout)} |"
-        for name, entry in sorted(provenance.files.items())
-    ]
+    sizes = {name: entry["size"] for name, entry in sorted(provenance.files.items()) if not name.endswith(".py")}
+    if code := [entry["size"] for name, entry in provenance.files.items() if name.endswith(".py")]:
+        sizes["*.py"] = sum(code)
+    rows = [f"| `{name}` | {size_text(size)} | {usage.purpose(name)} |" for name, size in sizes.items()]
     return "\n".join(["## Files", "", "| file | size | |", "|---|---|---|", *rows])
 
 

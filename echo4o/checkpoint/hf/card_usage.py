@@ -51,7 +51,7 @@ _PURPOSES = (
 )
 
 
-def purpose(name: str, layout: str) -> str:
+def purpose(name: str) -> str:
     """What a file is for, in words; empty if its name does not tell."""
     return next((text for pattern, text in _PURPOSES if fnmatch(name, pattern)), "")
 
