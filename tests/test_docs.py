@@ -48,7 +48,7 @@ def test_commands_exist(document):
         if words[0] == "train":
             assert "--help" in words or load_settings(words[1:]), line
         else:
-            command = getattr(verbs[words[0]], "commands", {}).get(words[1], verbs[words[0]])
+            command = getattr(verbs[words[0]], "commands", {}).get("".join(words[1:2]), verbs[words[0]])
             known = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in words if word.startswith("--")} <= known, line
 

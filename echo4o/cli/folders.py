@@ -68,6 +68,10 @@ def export(
     evaluation: Annotated[
         Path | None, typer.Option(help="JSON with scores for the model card.", show_default=False)
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(help="owner/name of a data set on the hub, for the card; repeat for more.", show_default=False),
+    ] = None,
     forward: Annotated[
         bool | None,
         typer.Option(
@@ -90,7 +94,7 @@ def export(
 
         request = ExportRequest(
             checkpoint, out, layout.value, weights and weights.value, dtype and dtype.value, base, base_name,
-            max_shard_size, max_latent_size, revision, grid, evaluation, forward,
+            max_shard_size, max_latent_size, revision, grid, evaluation, forward, dataset or (),
         )  # fmt: skip
         (show_plan if dry_run else run_export)(request, typer.echo)
 

@@ -20,7 +20,7 @@ def _flag(default: Any, help: str) -> Any:
 class ModelArguments:
     """Where the model comes from, what it looks like, and how often conditions are dropped."""
 
-    model_path: str = _flag("hf/BAGEL-7B-MoT", "BAGEL folder: configs, tokenizer and VAE when finetune_from_hf is True")
+    model_path: str = _flag("hf/BAGEL-7B-MoT", "BAGEL folder or owner/name: configs, tokenizer and VAE with finetune_from_hf")
     llm_path: str = _flag("hf/Qwen2.5-0.5B-Instruct/", "language model, when a BAGEL is assembled from parts")
     vae_path: str = _flag("flux/vae/ae.safetensors", "VAE weights, when a BAGEL is assembled from parts")
     vit_path: str = _flag(
@@ -90,7 +90,7 @@ class TrainingArguments:
     resume_data: bool = _flag(
         True, "on resume continue the data stream; False begins it anew but keeps weights, optimiser and step"
     )
-    init_from: str | None = _flag(None, "BAGEL folder or checkpoint whose weights a new run starts from")
+    init_from: str | None = _flag(None, "BAGEL folder, checkpoint or owner/name[@revision] of the hub that a new run starts from")
     init_weights: str = _flag(
         "auto", "which weights of init_from: auto (EMA if there), ema, model, or random (its architecture only)"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class ExportRequest:
         revision: of a hub name.
         grid: picture for the card.
         evaluation: JSON file with scores for the card.
+        datasets: hub names of the data sets, for the card.
         forward: compare a forward pass with the checkpoint's; None does where the model fits into memory.
     """
 
@@ -69,6 +70,7 @@ class ExportRequest:
     grid: Path | None = None
     evaluation: Path | None = None
     forward: bool | None = None
+    datasets: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for path in (self.grid, self.evaluation):
@@ -232,6 +234,7 @@ def _write_card(request: ExportRequest, folder: Path, partial: Path, provenance:
         config=config,
         grid=request.grid,
         evaluation=request.evaluation,
+        datasets=tuple(request.datasets),
     )
 
 

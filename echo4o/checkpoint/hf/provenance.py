@@ -70,11 +70,16 @@ def read_provenance(folder: str | Path) -> Provenance | None:
 
 
 def shown_path(path: str | Path) -> str:
-    """A path for people elsewhere: relative as it was given, else its last parts."""
+    """A path for people elsewhere: relative as it was given, else its last parts, without anybody's home folder."""
     path = Path(path)
     if not path.is_absolute():
         return path.as_posix()
-    return "/".join(path.parts[1:][-_SHOWN_PARTS:])
+    parts = path.parts[1:]
+    if parts[:1] == ("root",):
+        parts = parts[1:]
+    elif parts[:1] in (("home",), ("Users",)):
+        parts = parts[2:]
+    return "/".join(parts[-_SHOWN_PARTS:])
 
 
 def project_version() -> str:
