@@ -326,6 +326,9 @@ def _nothing_there(folder: Path, weights: str | None) -> str:
             f"{text}, but {foreign[0]}: that is another program's format. Turn it into safetensors first (DeepSpeed: "
             "zero_to_fp32.py --safe_serialization; torch: python -m torch.distributed.checkpoint.format_utils)."
         )
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and find_weights(path, weights) is not None)
+    if inside:
+        return f"{text}, but its folder {inside[0].name} has: pass {inside[0]}"
     return f"{text}; choose other --weights, or another folder"
 
 

@@ -145,6 +145,10 @@ def test_other_programs_checkpoints(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", tmp_path, "is not a folder")
 
 
+def test_a_model_one_folder_below(bagel: Path, tmp_path: Path) -> None:
+    refused(bagel.parent, tmp_path, "has no ema.safetensors .*, but its folder tiny has: pass ")
+
+
 def test_an_incomplete_training_checkpoint(bagel: Path, tmp_path: Path) -> None:
     (bagel / "training.json").write_text("{}")
     refused(bagel, tmp_path, "is not a complete checkpoint: .* has no complete marker")
