@@ -5,7 +5,9 @@ One file a benchmark in `echo4o.evaluate.benchmarks`; drawing, judging and repor
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,6 +182,9 @@ class Benchmark(ABC):
         published_rows: published totals by model, in `scale`.
         caveats: sentences for the report.
         source: where the data comes from, for messages and documentation.
+        tags: in the order of reports; others follow as they come.
+        lowest: of the scale; what a missing item counts in `strict`.
+        num_items: of the official data; None if it is not known.
     """
 
     name: ClassVar[str]
@@ -189,6 +194,9 @@ class Benchmark(ABC):
     published_rows: ClassVar[Mapping[str, float]] = {}
     caveats: ClassVar[Sequence[str]] = ()
     source: ClassVar[str] = ""
+    tags: ClassVar[Sequence[str]] = ()
+    lowest: ClassVar[float] = 0.0
+    num_items: ClassVar[int | None] = None
 
     @property
     @abstractmethod
@@ -221,13 +229,39 @@ class Benchmark(ABC):
     def score(self, item: Item, judgements: Mapping[str, Judgement]) -> ItemScore:
         """The item's score from its judgements by question name; those not made yet are absent."""
 
-    @abstractmethod
     def aggregate(self, scores: Sequence[ItemScore]) -> Aggregates:
-        """Totals by the published and the strict formula."""
+        """Totals by the published and the strict formula: weighted means of the tags' means."""
+        per_tag = tag_scores(scores, self.tags)
+        counted = Counter(score.tag for score in scores if score.published is not None)
+        published = {tag: one.published for tag, one in per_tag.items() if one.published is not None}
+        strict = {tag: one.strict for tag, one in per_tag.items()}
+        return Aggregates(
+            published=weighted_mean(published, self.weights(counted)) if published else None,
+            strict=weighted_mean(strict, self.weights({tag: one.n for tag, one in per_tag.items()})),
+            per_tag=per_tag,
+            n=len(scores),
+            failed=sum(one.failed for one in per_tag.values()),
+            missing=sum(one.missing for one in per_tag.values()),
+            notes=self._notes(scores),
+        )
 
     @abstractmethod
     def weights(self, counts: Mapping[str, int]) -> Mapping[str, float]:
         """Weight of each tag's mean in the total (any sum), from the number of its items."""
+
+    def _notes(self, scores: Sequence[ItemScore]) -> list[str]:
+        """What makes these scores less than a complete run."""
+        notes = []
+        if self.num_items is not None and len(scores) != self.num_items:
+            notes.append(f"{len(scores)} of {self.num_items} items: not comparable with published scores")
+        of_status = Counter(score.status for score in scores)
+        if count := of_status["missing_image"]:
+            notes.append(f"{count} without an image: {self.lowest:g} each in the strict score")
+        if count := of_status["not_judged"]:
+            notes.append(f"{count} not judged yet: {self.lowest:g} each in the strict score")
+        if count := of_status["api_error"] + of_status["parse_error"]:
+            notes.append(f"{count} judged without result: {self.lowest:g} each in the strict score; judge them again")
+        return notes
 
     def read_results(self, path: Path, items: Sequence[Item]) -> list[ItemScore]:
         """Scores from the file that the benchmark's own scorer wrote.
@@ -249,6 +283,39 @@ def find_image(folder: Path, name: str) -> Path | None:
         return wanted
     others = (wanted.with_name(wanted.stem + suffix) for suffix in IMAGE_SUFFIXES)
     return next((path for path in others if path.is_file()), None)
+
+
+def tag_scores(scores: Sequence[ItemScore], order: Sequence[str] = ()) -> dict[str, TagScore]:
+    """Means by tag: those of `order` first, as far as they occur."""
+    by_tag: dict[str, list[ItemScore]] = {tag: [] for tag in order}
+    for score in scores:
+        by_tag.setdefault(score.tag, []).append(score)
+    result = {}
+    for tag, group in by_tag.items():
+        if not group:
+            continue
+        published = [score.published for score in group if score.published is not None]
+        missing = sum(score.status == "missing_image" for score in group)
+        result[tag] = TagScore(
+            published=math.fsum(published) / len(published) if published else None,
+            strict=math.fsum(score.strict for score in group) / len(group),
+            n=len(group),
+            failed=sum(score.status != "ok" for score in group) - missing,
+            missing=missing,
+        )
+    return result
+
+
+def weighted_mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """Σ w·v / Σ w over the names of `values`.
+
+    Raises:
+        ValueError: if no weight is above 0.
+    """
+    total = math.fsum(weights[name] for name in values)
+    if not total > 0:
+        raise ValueError(f"nothing to average: weights {dict(weights)} of {sorted(values)}")
+    return math.fsum(weights[name] * value for name, value in values.items()) / total
 
 
 def failure(judgements: Mapping[str, Judgement], names: Iterable[str]) -> ItemStatus:
