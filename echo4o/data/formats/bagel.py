@@ -13,21 +13,24 @@ from echo4o.data.sources.parquet import ParquetRows
 
 
 def open_bagel(opening: Opening) -> FormatStore:
-    """A parquet file or a folder of them.
+    """A parquet file, a folder of them, or a URL, which is read in place.
 
-    Edit and multi-reference files have the same columns. A data set is taken for edits where edits are asked for
-    (`kinds`) or a row has as many instructions as steps (more than one); otherwise for multi-reference rows.
+    Edit and multi-reference files have the same columns. A data set is taken for what is asked for (`kinds`); if both or
+    nothing is, for edits where a row has several instructions, one for each step.
+
+    Raises:
+        DataError: if it has other columns.
     """
-    files = row_files(opening, (".parquet",))
+    files = row_files(opening, (".parquet",), in_place=True)
     columns = parquet_columns(files[0])
-    parser = FieldParser(ImageFinder(), opening.columns, only_kind="t2i")
     rows = ParquetRows(files, columns)
+    kind = "t2i"
     if "image_list" in columns:
-        edits = "edit" in opening.kinds if opening.kinds else _are_edits(rows)
-        parser = FieldParser(ImageFinder(), opening.columns, only_kind="edit" if edits else "multi_ref")
-    elif "image" not in columns or "captions" not in columns:
+        asked = {"edit", "multi_ref"} & set(opening.kinds)
+        kind = asked.pop() if len(asked) == 1 else "edit" if _are_edits(rows) else "multi_ref"
+    elif not {"image", "captions"} <= set(columns):
         raise DataError(f"{files[0]} has neither image and captions nor image_list; it has {', '.join(columns)}")
-    return RecordStore(rows, parser)
+    return RecordStore(rows, FieldParser(ImageFinder(), opening.columns, only_kind=kind))
 
 
 def _are_edits(rows: ParquetRows) -> bool:
@@ -41,8 +44,8 @@ def _are_edits(rows: ParquetRows) -> bool:
 
 
 def _recognise(path: Path) -> bool:
-    columns = parquet_columns(path)
-    return {"image", "captions"} <= set(columns) or {"image_list", "instruction_list"} <= set(columns)
+    columns = set(parquet_columns(path))
+    return {"image", "captions"} <= columns or {"image_list", "instruction_list"} <= columns
 
 
 FORMAT = Format(

@@ -39,13 +39,13 @@ class FieldParser:
         finder: of the images that rows name.
         columns: our name → the data set's, or for images a list of the data set's columns, in order.
         only_kind: the only kind of row, where the format has one.
-        edit_chains: rows with references are edits, whose images and instructions form a chain.
+        single_is_edit: rows with one reference are edits of it, whatever their task_type.
     """
 
     finder: ImageFinder
     columns: Mapping[str, Any] = field(default_factory=dict)
     only_kind: str = ""
-    edit_chains: bool = False
+    single_is_edit: bool = False
 
     def __post_init__(self) -> None:
         for name, theirs in self.columns.items():
@@ -62,7 +62,7 @@ class FieldParser:
             return self.only_kind
         if self._first(values, "conversations", _CONVERSATIONS)[1] is not None:
             return "vlm"
-        return self._kind_of(values, *self._images(values)[:2])
+        return self._kind_of(values, *self.images(values)[:2])
 
     def record(self, values: Mapping[str, Any], where: str, folder: Path) -> Record:
         """Raises RowError if a column has a wrong type or the target is missing; images are looked up, not read."""
@@ -71,7 +71,7 @@ class FieldParser:
             names, images = self._first(values, "input_images", ("image", "images"))
             references = tuple(self.finder(image, folder) for image in ([] if images is None else as_list(images)))
             return Record("vlm", turns, references, None, _rest(values, (*used, *names)), where)
-        references, target, image_columns = self._images(values)
+        references, target, image_columns = self.images(values)
         text_columns, instructions, extra = self._text(values, has_references=bool(references))
         return Record(
             self._kind_of(values, references, target),
@@ -88,14 +88,14 @@ class FieldParser:
         if self.only_kind or not references:
             return self.only_kind or "t2i"
         task = str(values.get("task_type") or "").lower()
-        return "edit" if self.edit_chains or "edit" in task else "multi_ref"
+        return "edit" if len(references) == 1 and (self.single_is_edit or "edit" in task) else "multi_ref"
 
-    def _images(self, values: Mapping[str, Any]) -> tuple[list[Any], Any, tuple[str, ...]]:
-        """References in order, the target, and the columns that hold them."""
+    def images(self, values: Mapping[str, Any]) -> tuple[list[Any], Any, tuple[str, ...]]:
+        """References in order, the target (``None`` if there is none), and the columns that hold them."""
         names, target = self._first(values, "output_image", OUTPUT_IMAGE)
         aliases = INPUT_IMAGES if target is not None else IMAGE_LIST
         more, images = self._first(values, "input_images", aliases)
-        images = [] if images is None else [image for image in as_list(images) if image is not None]
+        images = [] if images is None else [image for image in as_list(images) if image is not None and image != ""]
         if isinstance(target, list | tuple):
             if len(target) != 1:
                 raise RowError(

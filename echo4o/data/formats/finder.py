@@ -9,26 +9,16 @@ import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from echo4o.data.errors import DataError, RowError
+from echo4o.data.formats.archives import Archive, open_archives
 from echo4o.data.formats.record import StoredImage
 from echo4o.data.images import printable
 
 #: No image file is smaller than this in base64; a shorter text is a path.
 _MIN_BASE64 = 48
 _MAX_PATH = 4096
-
-
-class ImageArchive(Protocol):
-    """Images inside one file, by member name."""
-
-    label: str
-    #: Folder of the archive relative to the data set's folder, "" or "a/b", where it would be unpacked.
-    place: str
-    names: Sequence[str]
-
-    def read(self, member: int) -> bytes: ...
 
 
 class NameIndex:
@@ -76,23 +66,52 @@ class ImageFinder:
 
     Args:
         folders: of the images, tried in order.
-        archives: that hold images.
-        remote: URL → folder listings of remote images: name relative to the folder → URL.
+        archives: that hold images, opened when the first image is in none of the folders (`open_archives`).
+        root: of the data set, for the places of members.
+        cache_dir: for unpacked archives; ``None``: beside the data, or the user's cache folder.
+        labels: what archives are called, where they are copies.
+        remote: remote images: name relative to their folder → URL.
     """
 
     def __init__(
         self,
         folders: Sequence[Path] = (),
-        archives: Sequence[ImageArchive] = (),
+        archives: Sequence[Path] = (),
+        *,
+        root: Path = Path(),
+        cache_dir: Path | None = None,
+        labels: Sequence[str] = (),
         remote: Mapping[str, str] | None = None,
     ) -> None:
         self._folders = tuple(folders)
-        self._archives = tuple(archives)
+        self._unopened = (tuple(archives), root, cache_dir, tuple(labels))
+        self._archives: list[Archive] = []
         self._remote = dict(remote or {})
         self._members: NameIndex | None = None
         self._member_of: list[tuple[int, int]] = []
         self._remote_index: NameIndex | None = None
         self._loose: tuple[list[Path], NameIndex] | None = None
+
+    def has(self, value: Any, folder: Path | None = None) -> bool:
+        """Whether an image can be had without opening archives that are not open yet."""
+        waiting, self._unopened = self._unopened, ((), *self._unopened[1:])
+        try:
+            self(value, folder)
+        except RowError:
+            return False
+        finally:
+            self._unopened = waiting
+        return True
+
+    def open_archives(self) -> list[str]:
+        """Unpack and index what is not yet; a line for everything that is wrong with it. Raises DataError."""
+        paths, root, cache_dir, labels = self._unopened
+        if not paths:
+            return []
+        self._archives, problems = open_archives(paths, root, cache_dir, labels)
+        self._unopened = ((), root, cache_dir, ())
+        self._members = None
+        return problems
 
     def __call__(self, value: Any, folder: Path | None = None) -> StoredImage:
         """Raises RowError if there is nothing, or a name matches nothing or several images."""
@@ -135,6 +154,8 @@ class ImageFinder:
             raise RowError("image missing", detail=f"{printable(name)!r} names no file")
         roots = [*self._folders, *([folder] if folder is not None and folder not in self._folders else [])]
         kept, found = self._below(roots, parts, name)
+        if found is None:
+            self.open_archives()
         member_score, members = self._in_archives(parts)
         if members and member_score > kept:
             return self._member(name, members)
@@ -161,7 +182,7 @@ class ImageFinder:
         if not self._archives:
             return 0, []
         if self._members is None:
-            names = []
+            names, self._member_of = [], []
             for number, archive in enumerate(self._archives):
                 for member, name in enumerate(archive.names):
                     names.append(f"{archive.place}/{name}" if archive.place else name)

@@ -5,21 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from echo4o.data.formats.fields import FieldParser
-from echo4o.data.formats.layout import first_json_row, image_finder, row_files
-from echo4o.data.formats.store import Format, FormatStore, Opening, RecordStore
+from echo4o.data.formats.layout import first_row, image_finder, record_store, row_files
+from echo4o.data.formats.store import Format, FormatStore, Opening
 from echo4o.data.sources.columns import INPUT_IMAGES, OUTPUT_IMAGE
 from echo4o.data.sources.jsonl import JsonlRows
 
 
 def open_native(opening: Opening) -> FormatStore:
-    """A JSONL file or a folder of them; paths start at `images`, else at the file's folder."""
+    """A JSONL file, a folder of them, or a URL of either; image paths start at `images`, else at the file's folder."""
     files = row_files(opening, (".jsonl",))
-    finder, problems = image_finder(opening, files)
-    return RecordStore(JsonlRows(files), FieldParser(finder, opening.columns), problems)
+    finder = image_finder(opening, (file.parent for file in files))
+    return record_store(JsonlRows(files), FieldParser(finder, opening.columns))
 
 
 def _recognise(path: Path) -> bool:
-    row = first_json_row(path, (".jsonl",))
+    row = first_row(path, (".jsonl",))
     if row is None:
         return False
     return "conversations" in row or any(name in row for name in (*OUTPUT_IMAGE, *INPUT_IMAGES))
@@ -27,7 +27,7 @@ def _recognise(path: Path) -> bool:
 
 FORMAT = Format(
     "native",
-    "this project's JSONL: instruction, input_images, output_image; conversations",
+    "this project's JSONL: instruction, input_images, output_image; or conversations",
     ("multi_ref", "t2i", "edit", "vlm"),
     open_native,
     _recognise,

@@ -49,8 +49,10 @@ class FormatStore(Protocol):
 class RowParser(Protocol):
     """Gives the columns of a raw row their meaning. Travels into worker processes."""
 
-    #: The only kind of row there is; "" where rows differ.
-    only_kind: str
+    @property
+    def only_kind(self) -> str:
+        """The only kind of row there is; "" where rows differ."""
+        ...
 
     def kind(self, values: Mapping[str, Any]) -> str: ...
 
@@ -120,6 +122,7 @@ class Opening:
         split: of a data set that has several (hf_dataset).
         streaming: read remote files in place instead of fetching them first (hf_dataset).
         kinds: kinds of rows wanted; a format whose parts are of one kind each opens only these parts.
+        apply_ratios: repeat and leave out rows as the ratios of a mix ask for (training); otherwise every row once.
     """
 
     path: str
@@ -129,6 +132,7 @@ class Opening:
     split: str | None = None
     streaming: bool = False
     kinds: tuple[str, ...] = ()
+    apply_ratios: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,7 @@ class Format:
         split: str | None = None,
         streaming: bool = False,
         kinds: Sequence[str] = (),
+        apply_ratios: bool = False,
     ) -> FormatStore:
         """The data set's rows; see Opening for the arguments.
 
@@ -173,6 +178,7 @@ class Format:
             split,
             streaming,
             tuple(kinds),
+            apply_ratios,
         )
         store = self.opener(opening)
         if not len(store):

@@ -1,4 +1,4 @@
-"""Rows of JSONL files by line offset. A unit is a block of consecutive lines."""
+"""Rows of JSON text by byte offset: JSONL files, and files that are one JSON array. A unit is a block of rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from echo4o.data.errors import DataError, RowError
+from echo4o.data.sources.remote import cache_folder, fetched, local_or_url
 
 _BLOCK_LINES = 64
 _SCAN_BYTES = 1 << 24
@@ -22,17 +23,25 @@ class JsonlRows:
     The line offsets are found once, here, and travel with the object into worker processes.
 
     Args:
-        files: JSONL files, in order.
+        files: JSONL files, in order; remote ones (fsspec URLs) are fetched first.
         num_lines: lines to use; ``None`` for all. If larger than available, lines are repeated.
         shuffle_seed: choose the `num_lines` lines at random with this seed instead of taking the first ones.
+        cache_dir: where remote files are fetched to; by default the user's cache folder.
 
     Raises:
         DataError: if a file does not exist or is one JSON array instead of lines.
     """
 
-    def __init__(self, files: Sequence[Path], num_lines: int | None = None, shuffle_seed: int | None = None) -> None:
-        self.files = list(files)
-        spans = [_line_spans(path) for path in self.files]
+    def __init__(
+        self,
+        files: Sequence[Path | str],
+        num_lines: int | None = None,
+        shuffle_seed: int | None = None,
+        cache_dir: Path | None = None,
+    ) -> None:
+        self.files = [_local(file, cache_dir) for file in files]
+        self._names = [str(file) for file in files]
+        spans = [self._row_spans(path) for path in self.files]
         file_of = np.concatenate([np.full(len(span), i, dtype=np.int32) for i, span in enumerate(spans)])
         line_of = np.concatenate([np.arange(len(span)) for span in spans])
         chosen = _choose(len(file_of), num_lines, shuffle_seed)
@@ -47,7 +56,7 @@ class JsonlRows:
 
     def where(self, row: int) -> tuple[str, int]:
         """File and line in that file, from 0."""
-        return str(self.files[self._file_of[row]]), int(self._line_of[row])
+        return self._names[self._file_of[row]], int(self._line_of[row])
 
     def folder(self, row: int) -> Path:
         """Folder that holds the row's file."""
@@ -59,14 +68,21 @@ class JsonlRows:
         try:
             # pread: descriptors are inherited by forked workers, which must not share a file position.
             line = os.pread(self._descriptor(int(self._file_of[row])), end - start, start)
-            values = json.loads(line)
+            values = json.loads(line, object_pairs_hook=_without_repeats)
+        except RowError:
+            raise
         except OSError as error:
             raise RowError("jsonl unreadable", detail=str(error)) from error
+        except UnicodeDecodeError as error:
+            raise RowError("text not UTF-8", detail=f"byte {error.start} of the line: {error.reason}") from error
         except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
             raise RowError("invalid json", detail=str(error)) from error
         if not isinstance(values, dict):
             raise RowError("invalid json", detail=f"the line holds a {type(values).__name__}, not an object")
         return values
+
+    def _row_spans(self, path: Path) -> np.ndarray:
+        return line_spans(path)
 
     def expect_streams(self, num_streams: int) -> None:
         """Lines are read one by one: nothing has to be kept for a stream."""
@@ -84,6 +100,21 @@ class JsonlRows:
             os.close(descriptor)
 
 
+def _local(file: Path | str, cache_dir: Path | None) -> Path:
+    place = local_or_url(file) if isinstance(file, str) else file
+    return fetched(place, cache_folder(None, cache_dir)) if isinstance(place, str) else place
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, unless a key stands in it twice: which of the two is meant cannot be told."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise RowError("duplicate key", detail=f"{repeated!r} stands in the object twice")
+    return values
+
+
 def _choose(num_available: int, num_lines: int | None, shuffle_seed: int | None) -> np.ndarray:
     """Which lines are used, in file order so that neighbours stay neighbours."""
     if num_lines is None or not num_available:
@@ -93,7 +124,7 @@ def _choose(num_available: int, num_lines: int | None, shuffle_seed: int | None)
     return np.sort(np.random.Generator(np.random.PCG64(shuffle_seed)).permutation(num_available)[:num_lines])
 
 
-def _line_spans(path: Path) -> np.ndarray:
+def line_spans(path: Path) -> np.ndarray:
     """(num_lines, 2) int64: start and end offset of every line that is not blank."""
     try:
         size = path.stat().st_size

@@ -58,7 +58,7 @@ class NodeCache:
         if copy.exists():
             return copy
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / f".{name}.lock"):
+        with locked(self.folder / f".{name}.lock"):
             if not copy.exists():
                 for left_over in self.folder.glob(f".{name[:_HASH_LENGTH]}*.partial"):  # of a process that was killed
                     left_over.unlink(missing_ok=True)
@@ -78,7 +78,7 @@ def _name(source: Path) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Alone among all processes of this machine; the lock of a process that dies is free."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from echo4o.data.errors import RowError
+from echo4o.data.errors import DataError, RowError
 from echo4o.data.sources.node_cache import NodeCache
+from echo4o.data.sources.remote import file_system
 
 _log = logging.getLogger(__name__)
 _KEPT_ROW_GROUPS = 2  # a stream: the one it reads, and one whose other rows belong to another stream
@@ -33,12 +35,12 @@ class ParquetRows:
     unreadable footer is logged, left out, and kept in `empty_files` or `unreadable_files`.
 
     Args:
-        files: parquet files.
+        files: parquet files; remote ones (fsspec URLs, as text) are read in place, a row group at a time.
         columns: columns that may be read; those a file lacks are absent from its rows.
         cache: where copies of the files are read instead; they go on to be named by their own paths.
     """
 
-    def __init__(self, files: Sequence[Path], columns: Sequence[str], cache: NodeCache | None = None) -> None:
+    def __init__(self, files: Sequence[Path | str], columns: Sequence[str], cache: NodeCache | None = None) -> None:
         distinct = list(dict.fromkeys(files))
         with ThreadPoolExecutor(min(_FOOTER_THREADS, len(distinct) or 1)) as pool:
             found = dict(zip(distinct, pool.map(_row_group_lengths, distinct), strict=True))
@@ -55,8 +57,8 @@ class ParquetRows:
             end - length for path in self.files for end, length in _ends_and_lengths(group_lengths[path])
         ]
         self._cache = cache
-        self._tables: OrderedDict[tuple[Path, int], pa.Table] = OrderedDict()
-        self._num_unread: dict[tuple[Path, int], int] = {}
+        self._tables: OrderedDict[tuple[Path | str, int], pa.Table] = OrderedDict()
+        self._num_unread: dict[tuple[Path | str, int], int] = {}
         self._num_kept = _KEPT_ROW_GROUPS
 
     def __len__(self) -> int:
@@ -68,8 +70,8 @@ class ParquetRows:
         return str(self._units[unit][0]), self._offsets_in_file[unit] + offset
 
     def folder(self, row: int) -> Path:
-        """Folder that holds the row's file."""
-        return self._units[self._unit_of(row)[0]][0].parent
+        """Folder that holds the row's file (of a remote file: a path that does not exist here)."""
+        return Path(self._units[self._unit_of(row)[0]][0]).parent
 
     def read(self, row: int) -> dict[str, Any]:
         """Column values of a row as Python objects, binary as bytes. Raises RowError if its row group is broken."""
@@ -90,16 +92,19 @@ class ParquetRows:
         unit = bisect_right(self._unit_ends, row)
         return unit, row - (self._unit_ends[unit - 1] if unit else 0)
 
-    def _table(self, path: Path, group: int) -> pa.Table:
+    def _table(self, path: Path | str, group: int) -> pa.Table:
         key = (path, group)
         if key in self._tables:
             self._tables.move_to_end(key)
             return self._tables[key]
         try:
-            with pq.ParquetFile(self._cache.local(path) if self._cache else path, memory_map=True) as file:
+            local = self._cache.local(path) if self._cache and isinstance(path, Path) else path
+            with _opened(local) as file:
                 columns = [name for name in file.schema_arrow.names if name in self._columns]
                 # One thread: every worker process reads its own row groups, and Arrow's pool does not survive a fork.
                 table = file.read_row_group(group, columns=columns, use_threads=False)
+        except DataError:
+            raise
         except (pa.ArrowException, OSError) as error:
             raise RowError("parquet unreadable", detail=f"row group {group}: {error}") from error
         self._tables[key] = table
@@ -108,25 +113,40 @@ class ParquetRows:
             self._forget(next(iter(self._tables)))
         return table
 
-    def _count_read(self, key: tuple[Path, int]) -> None:
+    def _count_read(self, key: tuple[Path | str, int]) -> None:
         self._num_unread[key] -= 1
         if not self._num_unread[key]:
             self._forget(key)
 
-    def _forget(self, key: tuple[Path, int]) -> None:
+    def _forget(self, key: tuple[Path | str, int]) -> None:
         del self._tables[key], self._num_unread[key]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": OrderedDict(), "_num_unread": {}}
 
 
-def _row_group_lengths(path: Path) -> list[int] | None:
+@contextmanager
+def _opened(path: Path | str) -> Iterator[pq.ParquetFile]:
+    """A local file mapped into memory, or a remote one of which only what is asked for is fetched."""
+    if isinstance(path, Path):
+        with pq.ParquetFile(path, memory_map=True) as file:
+            yield file
+        return
+    system, name = file_system(path)
+    with system.open(name, "rb") as raw, pq.ParquetFile(raw, pre_buffer=True) as file:
+        yield file
+
+
+def _row_group_lengths(path: Path | str) -> list[int] | None:
     """Rows of each row group of a file; an empty list if it has none, None if it is unreadable (both logged)."""
     try:
-        if not path.stat().st_size:
+        if isinstance(path, Path) and not path.stat().st_size:
             _log.warning("skipping %s: it has zero bytes", path)
             return []
-        metadata = pq.read_metadata(path, memory_map=True)
+        with _opened(path) as file:
+            metadata = file.metadata
+    except DataError:
+        raise
     except (pa.ArrowException, OSError) as error:
         _log.warning("skipping %s: not a readable parquet file (%s)", path, error)
         return None
