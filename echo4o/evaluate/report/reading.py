@@ -1,0 +1,228 @@
+"""From run folders to what a report shows: items, pictures, judgements, scores and their intervals.
+
+Scores are counted anew from ``judgements.jsonl``; only where a program of its own judges they come from
+``scores.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from echo4o.evaluate.benchmark import Aggregates, Benchmark, Item, ItemScore, Judgement, find_image
+from echo4o.evaluate.benchmarks import BENCHMARKS
+from echo4o.evaluate.report.numbers import Scale, scale_of
+from echo4o.evaluate.scores import Interval, bootstrap
+
+ITEMS, JUDGEMENTS, SCORES, RUN, IMAGES = "items.jsonl", "judgements.jsonl", "scores.json", "run.json", "images"
+
+
+class ReportError(ValueError):
+    """A folder is no evaluation, or its files cannot be read; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An item with its pictures (None where one is missing), its judgements and its score."""
+
+    item: Item
+    images: tuple[Path | None, ...]
+    judgements: tuple[Judgement, ...]
+    score: ItemScore
+
+
+@dataclass(frozen=True)
+class Result:
+    """One benchmark of one run.
+
+    Attributes:
+        published, strict: 95 % intervals of the total and by tag.
+        facts: ``run.json``.
+    """
+
+    benchmark: Benchmark
+    entries: tuple[Entry, ...]
+    totals: Aggregates
+    published: tuple[Interval | None, Mapping[str, Interval]]
+    strict: tuple[Interval | None, Mapping[str, Interval]]
+    facts: Mapping[str, Any]
+
+    @property
+    def scores(self) -> list[ItemScore]:
+        return [entry.score for entry in self.entries]
+
+    def intervals(self, tag: str | None = None) -> tuple[Interval | None, Interval | None]:
+        """Of the published and the strict score, in total or of a tag."""
+        if tag is None:
+            return self.published[0], self.strict[0]
+        return self.published[1].get(tag), self.strict[1].get(tag)
+
+    @property
+    def scale(self) -> Scale:
+        return scale_of(self.benchmark.scale)
+
+    @property
+    def statuses(self) -> Counter[str]:
+        """Items by status."""
+        return Counter(entry.score.status for entry in self.entries)
+
+    @property
+    def num_open(self) -> int:
+        """Items that nobody has judged yet."""
+        return self.statuses["not_judged"]
+
+    @property
+    def judges(self) -> list[str]:
+        names = Counter(j.judge for entry in self.entries for j in entry.judgements if j.judge)
+        return [name for name, _ in names.most_common()]
+
+    @property
+    def usage(self) -> Counter[str]:
+        """Tokens of the judge and seconds spent on it, all together."""
+        found: Counter[str] = Counter()
+        for judgement in (j for entry in self.entries for j in entry.judgements):
+            found.update({key: int(count) for key, count in judgement.usage.items() if isinstance(count, int)})
+        return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a name that no other run of the report has, and its benchmarks in alphabetical order."""
+
+    name: str
+    folder: Path
+    results: Mapping[str, Result]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Every run.
+
+    Raises:
+        ReportError: if a folder holds no evaluation, or a file of it is damaged.
+    """
+    folders = [Path(folder) for folder in folders]
+    if not folders:
+        raise ReportError("a report needs at least one run folder")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ReportError("a run folder is named twice; name each once")
+    return [Run(name, folder, _results(folder)) for name, folder in zip(_names(folders), folders, strict=True)]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(parts):
+        depth += 1
+    return ["/".join(part[-depth:]).lstrip("/") or "run" for part in parts]
+
+
+def _results(folder: Path) -> dict[str, Result]:
+    inside = sorted(path.parent for path in folder.glob(f"*/{ITEMS}"))
+    found = [folder] if (folder / ITEMS).is_file() else inside
+    if not found:
+        raise ReportError(
+            f"{folder} holds no evaluation (no {ITEMS} in it or one folder below); "
+            "pass the --out of an `echo4o eval BENCHMARK`"
+        )
+    results = (_result(path) for path in found)
+    return {result.benchmark.name: result for result in results}
+
+
+def _result(folder: Path) -> Result:
+    facts = _json_object(folder / RUN) if (folder / RUN).is_file() else {}
+    name = str(facts.get("benchmark", folder.name))
+    if name not in BENCHMARKS:
+        raise ReportError(f"{folder}: benchmark {name!r} is unknown here; known: {', '.join(BENCHMARKS)}")
+    benchmark = BENCHMARKS[name]
+    items = [_item(row, folder / ITEMS, number) for number, row in _lines(folder / ITEMS)]
+    judgements = _judgements(folder)
+    scores = _scores(benchmark, items, judgements, folder)
+    entries = tuple(
+        Entry(
+            item,
+            tuple(find_image(folder / IMAGES, benchmark.image_name(item, n)) for n in range(item.num_images)),
+            tuple(judgements.get(item.id, {}).values()),
+            score,
+        )
+        for item, score in zip(items, scores, strict=True)
+    )
+    published, strict = bootstrap(benchmark, scores, "published"), bootstrap(benchmark, scores, "strict")
+    return Result(benchmark, entries, benchmark.aggregate(scores), published, strict, facts)
+
+
+def _scores(
+    benchmark: Benchmark, items: Sequence[Item], judgements: Mapping[str, Mapping[str, Judgement]], folder: Path
+) -> list[ItemScore]:
+    if any(benchmark.questions(item) for item in items[:1]):
+        return [benchmark.score(item, judgements.get(item.id, {})) for item in items]
+    rows = _json_object(folder / SCORES).get("items", []) if (folder / SCORES).is_file() else []
+    try:
+        known = {row["item"]: ItemScore(**row) for row in rows}
+    except (TypeError, KeyError) as error:
+        raise ReportError(f"{folder / SCORES}: its items are no scores ({error}); evaluate again") from error
+    lowest = scale_of(benchmark.scale).low
+    return [known.get(i.id) or ItemScore(i.id, i.tag, None, lowest, status="not_judged") for i in items]
+
+
+def _judgements(folder: Path) -> dict[str, dict[str, Judgement]]:
+    """Item → question → its latest judgement."""
+    found: dict[str, dict[str, Judgement]] = {}
+    path = folder / JUDGEMENTS
+    for number, row in _lines(path) if path.is_file() else ():
+        try:
+            judgement = Judgement(**{key: row[key] for key in Judgement.__dataclass_fields__ if key in row})
+        except TypeError as error:
+            raise ReportError(f"{path}, line {number}: no judgement ({error})") from error
+        found.setdefault(judgement.item, {})[judgement.question] = judgement
+    return found
+
+
+def _item(row: Mapping[str, Any], path: Path, number: int) -> Item:
+    try:
+        references = tuple(_reference(path.parent, name) for name in row.get("references", ()))
+        return Item(
+            id=str(row["id"]),
+            prompt=str(row["prompt"]),
+            references=references,
+            tag=str(row.get("tag", "")),
+            fields=row.get("fields", {}),
+            num_images=int(row.get("num_images", 1)),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReportError(f"{path}, line {number}: no item ({error!r})") from error
+
+
+def _reference(folder: Path, name: str) -> Path:
+    return folder / name  # an absolute path stays as it is
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of the lines; a last one without its end, from a run that was killed, does not count."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ReportError(f"{path}, line {number}: no JSON ({error}); remove the line") from error
+        if not isinstance(row, dict):
+            raise ReportError(f"{path}, line {number}: no JSON object; remove the line")
+        yield number, row
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ReportError(
+            f"{path} cannot be read ({error}); run the evaluation again, it goes on where it was"
+        ) from error
+    if not isinstance(content, dict):
+        raise ReportError(f"{path} holds no JSON object; run the evaluation again, it goes on where it was")
+    return content
