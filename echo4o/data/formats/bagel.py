@@ -15,8 +15,8 @@ from echo4o.data.sources.parquet import ParquetRows
 def open_bagel(opening: Opening) -> FormatStore:
     """A parquet file, a folder of them, or a URL, which is read in place.
 
-    Edit and multi-reference files have the same columns. A data set is taken for what is asked for (`kinds`); if both or
-    nothing is, for edits where a row has several instructions, one for each step.
+    Edit and multi-reference files have the same columns. A data set is taken for what is asked for (`kinds`); if both
+    or nothing is, for edits where a row has several instructions, one for each step.
 
     Raises:
         DataError: if it has other columns.

@@ -84,7 +84,8 @@ class ImageFinder:
         remote: Mapping[str, str] | None = None,
     ) -> None:
         self._folders = tuple(folders)
-        self._unopened = (tuple(archives), root, cache_dir, tuple(labels))
+        self._unopened, self._labels = tuple(archives), tuple(labels)
+        self._root, self._cache_dir = root, cache_dir
         self._archives: list[Archive] = []
         self._remote = dict(remote or {})
         self._members: NameIndex | None = None
@@ -94,7 +95,7 @@ class ImageFinder:
 
     def has(self, value: Any, folder: Path | None = None) -> bool:
         """Whether an image can be had without opening archives that are not open yet."""
-        waiting, self._unopened = self._unopened, ((), *self._unopened[1:])
+        waiting, self._unopened = self._unopened, ()
         try:
             self(value, folder)
         except RowError:
@@ -105,11 +106,10 @@ class ImageFinder:
 
     def open_archives(self) -> list[str]:
         """Unpack and index what is not yet; a line for everything that is wrong with it. Raises DataError."""
-        paths, root, cache_dir, labels = self._unopened
-        if not paths:
+        if not self._unopened:
             return []
-        self._archives, problems = open_archives(paths, root, cache_dir, labels)
-        self._unopened = ((), root, cache_dir, ())
+        self._archives, problems = open_archives(self._unopened, self._root, self._cache_dir, self._labels)
+        self._unopened = ()
         self._members = None
         return problems
 

@@ -1,7 +1,7 @@
 """MACRO: JSON files of ``task, idx, prompt`` (with ``<image N>``), ``input_images``, ``output_image`` and scores.
 
-A file holds an array of rows, an object of rows, or a single row. ``filter/{task}/{train,eval}/{bracket}/*.json`` is the
-published tree; images lie beside it in archives or extracted.
+A file holds an array of rows, an object of rows, or a single row. The published tree is
+``filter/{task}/{train,eval}/{bracket}/*.json``; images lie beside it in archives or extracted.
 """
 
 from __future__ import annotations

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from echo4o.data.errors import DataError
-from echo4o.data.formats import bagel, native
+from echo4o.data.formats import (
+    bagel,
+    blip3o,
+    echo4o_image,
+    folder,
+    hf_dataset,
+    macro,
+    mico,
+    nano_consistent,
+    native,
+    omnigen2,
+    unireason,
+)
 from echo4o.data.formats.store import Format, FormatStore, Opening, RecordStore
 
 __all__ = ["FORMATS", "Format", "FormatStore", "Opening", "RecordStore", "detect", "format_named"]
@@ -14,7 +26,16 @@ __all__ = ["FORMATS", "Format", "FormatStore", "Opening", "RecordStore", "detect
 FORMATS: dict[str, Format] = {
     fmt.name: fmt
     for fmt in (
+        hf_dataset.FORMAT,
+        echo4o_image.FORMAT,
+        nano_consistent.FORMAT,
+        macro.FORMAT,
+        omnigen2.FORMAT,
+        unireason.FORMAT,
         bagel.FORMAT,
+        mico.FORMAT,
+        blip3o.FORMAT,
+        folder.FORMAT,
         native.FORMAT,
     )
 }
