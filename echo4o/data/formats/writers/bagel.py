@@ -1,4 +1,4 @@
-"""To upstream BAGEL's parquet: a folder for each kind of row, columns exactly as upstream reads them (SPEC.md §8.1–8.4).
+"""To upstream BAGEL's parquet: a folder for each kind of row, columns exactly as upstream reads them.
 
 Image columns are neither compressed nor given dictionaries or statistics: they are compressed already.
 """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ GROUP_OF_KIND = {
     "t2i": "t2i_pretrain",
     "vlm": "vlm_sft",
 }
+_syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None) if os.name == "posix" else None
 _NAME = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
@@ -161,6 +163,22 @@ class Target:
     kinds: tuple[str, ...]
     open_part: Callable[[PartPlace], PartWriter]
     finish: Callable[[Finishing], Any]
+
+
+def sync_all(paths: Collection[Path]) -> None:
+    """Wait until many files of one disk are on it: at once where the system can, since each by itself takes long."""
+    if not paths:
+        return
+    if _syncfs is None:
+        for path in paths:
+            sync_file(path)
+        return
+    descriptor = os.open(next(iter(paths)), os.O_RDONLY)
+    try:
+        if _syncfs(descriptor):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    finally:
+        os.close(descriptor)
 
 
 def sync_file(path: Path) -> None:

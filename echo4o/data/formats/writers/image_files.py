@@ -11,7 +11,7 @@ from PIL import Image
 
 from echo4o.data.errors import RowError
 from echo4o.data.formats.record import StoredImage
-from echo4o.data.formats.writers.base import PartPlace, sync_file
+from echo4o.data.formats.writers.base import PartPlace, sync_all
 
 FOLDER = "images"
 _HASH_BYTES = 16
@@ -92,10 +92,7 @@ class ImageFiles:
 
     def sync(self) -> None:
         """Wait until all images of the part are on the disk, also those that another part was first to write."""
-        for path in self._used:
-            sync_file(path)
-        for folder in {path.parent for path in self._used}:
-            sync_file(folder)
+        sync_all(self._used | {path.parent for path in self._used})
 
     def _write(self, path: Path, content: bytes) -> None:
         unfinished = self._place.temporary(path.name)

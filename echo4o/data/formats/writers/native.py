@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from echo4o.data.formats.record import Record
-from echo4o.data.formats.writers.base import Finishing, KindSummary, PartPlace, Target
+from echo4o.data.formats.writers.base import CannotHold, Finishing, KindSummary, PartPlace, Target
 from echo4o.data.formats.writers.dataset_yaml import write_dataset_yaml
 from echo4o.data.formats.writers.image_files import ImageFiles
 from echo4o.data.formats.writers.json_lines import LinesPart, join_lines
@@ -32,6 +32,8 @@ class NativePart:
         self._images = ImageFiles(place)
 
     def add(self, record: Record, images: Sequence[bytes], row: int) -> None:
+        if record.extra.get("video"):
+            raise CannotHold("video", detail="videos are not converted")
         texts = self._texts(record)
         extra = self._extra(record, texts)
         names = [self._images.store(image, content) for image, content in zip(record.images, images, strict=True)]
@@ -83,10 +85,8 @@ class NativePart:
 
     @staticmethod
     def _may_stand(name: str, record: Record, texts: Mapping[str, Any]) -> bool:
-        if name == "instruction" and record.kind == "t2i":
-            return "caption" in texts
-        if record.kind == "t2i" and name == "caption":
-            return "captions" in texts
+        if record.kind == "t2i" and name in ("instruction", "caption"):
+            return "captions" in texts or (name == "instruction" and "caption" in texts)
         return name not in _RESERVED
 
 

@@ -1,0 +1,328 @@
+"""Convert a data set from any known format to upstream parquet, native JSONL, OmniGen2 JSONL or BLIP3-o tars.
+
+Rows are converted in parts of fixed spans, by worker processes; a part is complete or absent. Everything grows in a
+hidden folder beside the destination, which gets its name at the end. Image bytes are never decoded or encoded anew.
+A conversion that was killed goes on with the parts that are missing, with any number of workers, and ends with the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from echo4o.data.errors import DataError, RowError
+from echo4o.data.formats.convert_progress import ConvertProgress
+from echo4o.data.formats.part_workers import convert_parts, disk_error
+from echo4o.data.formats.parts import Job, PartResult, part_spans
+from echo4o.data.formats.record import RECORD_KINDS
+from echo4o.data.formats.registry import FORMATS, FormatStore, detect, format_named
+from echo4o.data.formats.workspace import SKIPPED, SUMMARY, Workspace, files_hash, plan_hash
+from echo4o.data.formats.writers import Finishing, target_named
+from echo4o.data.sources.remote import is_url
+
+_log = logging.getLogger(__name__)
+DEFAULT_ROWS_PER_PART = 1024
+PHRASINGS = ("all", "first")
+_MAX_DEFAULT_WORKERS = 8
+_NUM_PROBES = 16
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What is converted to what.
+
+    Attributes:
+        source: folder, file or URL.
+        target: name in TARGETS.
+        source_format: name in FORMATS, or ``auto``.
+        images, columns, cache_dir, split, streaming: as in Opening.
+        kinds: only rows of these kinds; empty for all.
+        limit: only the first rows.
+        phrasings: ``all`` phrasings of a text, or the ``first``.
+        rows_per_part: rows that are done anew after a kill, and rows of a parquet file or tar.
+    """
+
+    source: str
+    target: str
+    source_format: str = "auto"
+    images: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    cache_dir: Path | None = None
+    split: str | None = None
+    streaming: bool = False
+    kinds: tuple[str, ...] = ()
+    limit: int | None = None
+    phrasings: str = "all"
+    rows_per_part: int = DEFAULT_ROWS_PER_PART
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in RECORD_KINDS:
+                raise DataError(f"unknown kind of row {kind!r}; known: {', '.join(RECORD_KINDS)}")
+        if self.source_format not in ("auto", *FORMATS):
+            raise DataError(f"unknown format {self.source_format!r}; known: auto, {', '.join(FORMATS)}")
+        if self.phrasings not in PHRASINGS:
+            raise DataError(f"phrasings must be {' or '.join(PHRASINGS)}, not {self.phrasings!r}")
+        if self.limit is not None and self.limit < 1:
+            raise DataError(f"limit must be at least 1, not {self.limit}")
+        if self.rows_per_part < 1:
+            raise DataError(f"rows_per_part must be at least 1, not {self.rows_per_part}")
+        target_named(self.target)
+
+    def resolved(self) -> ConvertOptions:
+        """With the name of the format in place of ``auto``, and absolute paths. Raises DataError if it is unknown."""
+        source = self.source if is_url(self.source) else str(Path(self.source).expanduser().absolute())
+        if self.source_format != "auto":
+            return replace(self, source=source)
+        if is_url(source):
+            raise DataError(f"the format of {source} cannot be told from afar: name it with --from")
+        return replace(self, source=source, source_format=detect(source))
+
+    def open(self) -> FormatStore:
+        """The source. Raises DataError if it cannot be opened."""
+        return format_named(self.source_format).open(
+            self.source,
+            images=self.images,
+            columns=self.columns,
+            cache_dir=self.cache_dir,
+            split=self.split,
+            streaming=self.streaming,
+            kinds=self.kinds,
+        )
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What became of a conversion.
+
+    Attributes:
+        destination: the data set.
+        result: counts over all parts.
+        problems: what was found wrong with the source on opening.
+        num_files: files of the data set.
+        num_bytes: of all its files.
+        seconds: that this run took.
+        was_finished: nothing was left to do.
+    """
+
+    destination: Path
+    result: PartResult
+    problems: Sequence[str]
+    num_files: int
+    num_bytes: int
+    seconds: float
+    was_finished: bool = False
+
+
+def convert(
+    options: ConvertOptions,
+    destination: str | Path,
+    *,
+    workers: int | None = None,
+    max_bad_share: float = 0.1,
+    restart: bool = False,
+    progress: ConvertProgress | None = None,
+) -> ConvertReport:
+    """Convert a data set, or go on with a conversion that was stopped.
+
+    Args:
+        options: what is converted to what.
+        destination: folder to write; it must not exist unless it is the result of this conversion.
+        workers: processes; ``None``: one for each core, at most 8; 0 and 1 convert in this process.
+        max_bad_share: more bad rows than this share stop the conversion.
+        restart: throw away what an earlier run with other options left unfinished.
+        progress: shows how far it has come.
+
+    Raises:
+        DataError: if the source cannot be read, nothing or too little of it is usable, the disk is full, or another
+            process converts to the same destination. Nothing stands under the destination then.
+    """
+    started = time.monotonic()
+    if is_url(str(destination)):
+        raise DataError(f"{destination}: the destination must be a folder of this machine")
+    if not 0 <= max_bad_share <= 1:
+        raise DataError(f"max_bad_share must be between 0 and 1, not {max_bad_share}")
+    progress = progress or ConvertProgress(enabled=False)
+    options, final = options.resolved(), Path(destination).expanduser().absolute()
+    with Workspace(final) as workspace:
+        try:
+            progress.say(f"{options.source}: {options.source_format}")
+            store = options.open()
+            plan = _plan(options, store)
+            if workspace.already_finished(plan):
+                return _report(workspace, _summed_up(final), store, started, was_finished=True)
+            workspace.begin(plan, restart)
+        finally:
+            workspace.abandon_if_empty()
+        spans = part_spans(store.unit_lengths, options.rows_per_part, options.limit)
+        job = Job(store, target_named(options.target), workspace, spans, options.kinds, options.phrasings)
+        try:
+            result = _convert_all(job, max_bad_share, _num_workers(workers), progress)
+            _finish(job, plan, options, result)
+        except OSError as error:
+            raise disk_error(job, error) from error
+        workspace.commit()
+        return _report(workspace, result, store, started)
+
+
+def _convert_all(job: Job, max_bad_share: float, num_workers: int, progress: ConvertProgress) -> PartResult:
+    """Convert all parts that are not finished, and add all of them up."""
+    num_rows = sum(end - start for start, end in job.spans)
+    allowed = math.floor(max_bad_share * num_rows)
+    result, todo = _finished_before(job, allowed)
+    _probe(job)
+    for line in job.store.problems:
+        progress.say(line)
+    with progress:
+        progress.begin(num_rows, sum(job.spans[index][1] - job.spans[index][0] for index in todo))
+        if len(todo) < len(job.spans):
+            progress.say(f"going on: {len(job.spans) - len(todo)} of {len(job.spans)} parts are finished")
+        for index in convert_parts(job, todo, num_workers, progress.advance):
+            result.add(PartResult.from_json(job.workspace.part(index)))
+            if result.num_bad > allowed:
+                break
+    if result.num_bad > allowed:
+        raise _too_many_bad(job, result, max_bad_share, num_rows)
+    if not result.num_written:
+        raise DataError(
+            f"no row of {num_rows} can be converted to {job.target.name}"
+            + (f": {_counts(result.held_not + result.bad)}" if result.held_not or result.bad else "")
+            + (f". None is of kind {' or '.join(job.kinds)}" if job.kinds and not result.rows else "")
+        )
+    return result
+
+
+def _finished_before(job: Job, allowed: int) -> tuple[PartResult, list[int]]:
+    """Sum of the parts that are finished, and those that are not.
+
+    Where too many rows were bad, the parts that have any are done again: whoever starts it once more has mended them.
+    """
+    finished = sorted(job.workspace.finished_parts())
+    results = {index: PartResult.from_json(job.workspace.part(index)) for index in finished}
+    if sum(result.num_bad for result in results.values()) > allowed:
+        for index in [index for index, result in results.items() if result.num_bad]:
+            job.workspace.forget_part(index)
+            del results[index]
+    total = PartResult()
+    for result in results.values():
+        total.add(result)
+    return total, [index for index in range(len(job.spans)) if index not in results]
+
+
+def _probe(job: Job) -> None:
+    """Look at some rows, so that what a store reads on first use is read before workers share it."""
+    num_rows = job.spans[-1][1]
+    for number in range(_NUM_PROBES):
+        try:
+            job.store.record(number * num_rows // _NUM_PROBES)
+        except (RowError, ValueError, TypeError) as error:
+            _log.debug("probe: %s", error)
+
+
+def _finish(job: Job, plan: Mapping[str, Any], options: ConvertOptions, result: PartResult) -> None:
+    """All that stands beside the parts. The same bytes, whenever it is done."""
+    workspace = job.workspace
+    kinds = {kind: result.kinds[kind] for kind in RECORD_KINDS if kind in result.kinds}
+    finishing = Finishing(workspace.build, workspace.state, workspace.temp, workspace.final, kinds, len(job.spans))
+    job.target.finish(finishing)
+    finishing.write(SKIPPED, _skipped_lines(job))
+    summary = {
+        "plan": plan_hash(plan),
+        "source": options.source,
+        "from": options.source_format,
+        "to": options.target,
+        "rows": result.rows,
+        "written": {kind: summary.rows for kind, summary in kinds.items()},
+        "bad": dict(sorted(result.bad.items())),
+        "not_held": dict(sorted(result.held_not.items())),
+        "notes": dict(sorted(result.notes.items())),
+        "image_bytes": result.image_bytes,
+        "problems": list(job.store.problems),
+    }
+    finishing.write(SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+
+
+def _skipped_lines(job: Job) -> Iterator[bytes]:
+    for index in sorted(job.workspace.finished_parts()):
+        for row in job.workspace.part(index)["skipped"]:
+            yield (json.dumps(row, ensure_ascii=True) + "\n").encode()
+
+
+def _too_many_bad(job: Job, result: PartResult, max_bad_share: float, num_rows: int) -> DataError:
+    workspace = job.workspace
+    path = workspace.partial / "skipped.jsonl"
+    path.write_bytes(b"".join(_skipped_lines(job)))
+    with path.open("rb") as file:
+        first = next(row for row in map(json.loads, file) if row["what"] == "bad")
+    return DataError(
+        f"{result.num_bad} of {num_rows} rows are bad, more than {max_bad_share:.4g} of them (--max-bad-share): "
+        f"{_counts(result.bad)}.\n"
+        f"  First: {first['where']}: {first['reason']}: {first['detail']}\n"
+        f"  All are listed in {path}. Mend them and run the same command again (only parts with bad rows are done "
+        "again), or accept them with a larger --max-bad-share."
+    )
+
+
+def _plan(options: ConvertOptions, store: FormatStore) -> dict[str, Any]:
+    """What must be the same for a conversion to be taken up again."""
+    return {
+        "source": options.source,
+        "from": options.source_format,
+        "to": options.target,
+        "images": options.images,
+        "columns": dict(options.columns),
+        "split": options.split,
+        "kinds": list(options.kinds),
+        "limit": options.limit,
+        "phrasings": options.phrasings,
+        "rows_per_part": options.rows_per_part,
+        "rows": len(store),
+        "row files": files_hash([str(file) for file in store.files]),
+    }
+
+
+def _num_workers(workers: int | None) -> int:
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, _MAX_DEFAULT_WORKERS)
+    if workers < 0:
+        raise DataError(f"workers must not be negative: {workers}")
+    return workers
+
+
+def _report(
+    workspace: Workspace, result: PartResult, store: FormatStore, started: float, was_finished: bool = False
+) -> ConvertReport:
+    files = [path for path in workspace.final.rglob("*") if path.is_file()]
+    num_bytes = sum(path.stat().st_size for path in files)
+    seconds = time.monotonic() - started
+    return ConvertReport(workspace.final, result, store.problems, len(files), num_bytes, seconds, was_finished)
+
+
+def _summed_up(final: Path) -> PartResult:
+    """Counts of a data set that was finished earlier, as far as its summary tells them."""
+    from collections import Counter
+
+    from echo4o.data.formats.writers import KindSummary
+
+    summary = json.loads((final / SUMMARY).read_text(encoding="utf-8"))
+    return PartResult(
+        rows=summary["rows"],
+        image_bytes=summary["image_bytes"],
+        kinds={kind: KindSummary(rows=rows) for kind, rows in summary["written"].items()},
+        bad=Counter(summary["bad"]),
+        held_not=Counter(summary["not_held"]),
+        notes=Counter(summary["notes"]),
+    )
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items(), key=lambda item: -item[1]))
