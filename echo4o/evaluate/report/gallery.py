@@ -200,7 +200,7 @@ def _score(entry: Entry, scale: Scale) -> str:
     score = entry.score
     bits = []
     if score.status in ("ok", "missing_image"):
-        if score.strict in (scale.low, scale.high) and not score.parts:
+        if scale.name == "0-1" and score.strict in (scale.low, scale.high) and len(score.parts) < 2:
             word, kind = ("right", "good") if score.strict == scale.high else ("wrong", "bad")
             bits.append(f'<span class="chip {kind}">{word}</span>')
         else:
@@ -211,8 +211,13 @@ def _score(entry: Entry, scale: Scale) -> str:
             bits.append("<small>left out by the published formula</small>")
     if score.status != "ok":
         bits.append(f'<span class="chip bad">{escape(status_words(score.status))}</span>')
-    bits += [f'<span class="chip">{escape(name)} {value:g}</span>' for name, value in score.parts.items()]
+    if len(score.parts) > 1:
+        bits += [f'<span class="chip">{escape(_words(name))} {value:g}</span>' for name, value in score.parts.items()]
     return f"<p>{' '.join(bits)}</p>"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _reasons(entry: Entry) -> str:

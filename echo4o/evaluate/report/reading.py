@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from echo4o.evaluate.benchmark import Aggregates, Benchmark, Item, ItemScore, Judgement, find_image
-from echo4o.evaluate.benchmarks import BENCHMARKS
+from echo4o.evaluate.benchmarks import benchmark as benchmark_called
 from echo4o.evaluate.report.numbers import Scale, scale_of
 from echo4o.evaluate.scores import Interval, bootstrap
 
@@ -136,9 +136,10 @@ def _results(folder: Path) -> dict[str, Result]:
 def _result(folder: Path) -> Result:
     facts = _json_object(folder / RUN) if (folder / RUN).is_file() else {}
     name = str(facts.get("benchmark", folder.name))
-    if name not in BENCHMARKS:
-        raise ReportError(f"{folder}: benchmark {name!r} is unknown here; known: {', '.join(BENCHMARKS)}")
-    benchmark = BENCHMARKS[name]
+    try:
+        benchmark = benchmark_called(name, **facts.get("options", {}))
+    except (ValueError, TypeError) as error:
+        raise ReportError(f"{folder}: {error}") from error
     items = [_item(row, folder / ITEMS, number) for number, row in _lines(folder / ITEMS)]
     judgements = _judgements(folder)
     scores = _scores(benchmark, items, judgements, folder)

@@ -6,7 +6,8 @@ for (const gallery of document.querySelectorAll(".gallery")) {
   const form = gallery.querySelector("form"), list = gallery.querySelector(".items");
   const more = gallery.querySelector(".more"), count = gallery.querySelector("output");
   const cards = [...list.children].map((card, place) => ({card, place, text: "", tag: card.dataset.tag,
-    kinds: card.dataset.kinds.split(" "), score: parseFloat(card.dataset.score), change: parseFloat(card.dataset.change)}));
+    kinds: card.dataset.kinds.split(" "), score: parseFloat(card.dataset.score),
+    change: parseFloat(card.dataset.change)}));
   const size = 24;
   let limit = size, order = "";
   const rank = (value, sign) => Number.isNaN(value) ? Infinity : sign * value;
@@ -34,7 +35,8 @@ for (const gallery of document.querySelectorAll(".gallery")) {
       found += fits;
       entry.card.hidden = !fits || found > limit;
     }
-    count.textContent = `${Math.min(found, limit)} of ${found} shown` + (found < cards.length ? `, ${cards.length} in all` : "");
+    const all = found < cards.length ? `, ${cards.length} in all` : "";
+    count.textContent = `${Math.min(found, limit)} of ${found} shown${all}`;
     more.hidden = found <= limit;
   };
   form.addEventListener("input", () => { limit = size; show(); });
@@ -55,8 +57,11 @@ for (const gallery of document.querySelectorAll(".gallery")) {
     setTimeout(() => { show(); gallery.scrollIntoView(); });
   };
   const reveal = () => {
-    const entry = cards.find(entry => entry.card.id && "#" + entry.card.id === decodeURIComponent(location.hash));
-    if (entry && entry.card.hidden) { form.reset(); limit = cards.length; setTimeout(() => { show(); entry.card.scrollIntoView(); }); }
+    const entry = cards.find(entry => "#" + entry.card.id === decodeURIComponent(location.hash));
+    if (!entry || !entry.card.hidden) return;
+    form.reset();
+    limit = cards.length;
+    setTimeout(() => { show(); entry.card.scrollIntoView(); });
   };
   addEventListener("hashchange", reveal);
   show();

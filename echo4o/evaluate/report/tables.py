@@ -190,6 +190,17 @@ def _tag_rows(
     return "".join(rows)
 
 
+def others(runs: Sequence[Run], benchmark: Benchmark) -> str:
+    """Further totals, folded."""
+    scale, rows = scale_of(benchmark.scale), []
+    for number, run in enumerate(runs):
+        found = run.results[benchmark.name].totals.others if benchmark.name in run.results else {}
+        pairs = "".join(f"<dt>{escape(n.replace('_', ' '))}</dt><dd>{scale.text(v)}</dd>" for n, v in found.items())
+        name = f"<p>{run_name(runs, number)}</p>" if len(runs) > 1 else ""
+        rows.append(f"{name}<dl>{pairs}</dl>" if pairs else "")
+    return f"<details><summary>Further totals</summary>{''.join(rows)}</details>" if any(rows) else ""
+
+
 # ---------------------------------------------------------------- differences
 
 
@@ -212,8 +223,9 @@ def differences(comparison: Compared, scale: Scale, first: str, second: str) -> 
     cautions = "".join(f"<li>{escape(words)}</li>" for words in comparison.cautions)
     cautions = f'<div class="note"><ul>{cautions}</ul></div>' if cautions else ""
     tests = {row.found.test for row in (comparison.total, *comparison.tags) if row.found}
+    tested = ", ".join(TESTS[test] for test in sorted(tests))
     caption = (
-        f"Strict scores of the items that have a verdict in both runs. p: {', '.join(TESTS[t] for t in sorted(tests))}; "
+        f"Strict scores of the items that have a verdict in both runs, by their weights in the total. p: {tested}; "
         "of tags adjusted by Holm for their number."
     )
     return (
