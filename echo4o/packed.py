@@ -164,8 +164,11 @@ class PackedBatch:
 
     # Beyond upstream: images by reference, so that one image laid down several times is encoded once.
     vae_images: list[Tensor] | None = None  # distinct images, each (3, H, W) in [-1, 1]
-    vae_image_indexes: list[int] | None = None  # for each laid-down VAE image: its place in vae_images
+    vae_moments: list[Tensor] | None = None  # distinct images that a cache holds: (2·z, h, w) means and log variances
+    vae_image_indexes: list[int] | None = None  # each laid-down VAE image: its place in [*vae_images, *vae_moments]
     vae_seeds: list[int] | None = None  # for each laid-down VAE image: seed of its posterior sample and flow noise
+    vit_features: Tensor | None = None  # (n, hidden) vision encoder's outputs of the images that a cache holds
+    vit_is_encoded: list[bool] | None = None  # each ViT image: in vit_features, and not in packed_vit_tokens
     sample_names: list[str] = field(default_factory=list)  # data set name of each sample (loss by data set)
     sample_rows: list[str] = field(default_factory=list)  # "file:row" of each sample (logs, out-of-memory reports)
     sample_addresses: list[tuple[str, int, int]] = field(default_factory=list)  # (source, epoch, index) of each sample
@@ -201,9 +204,11 @@ class PackedBatch:
         covered = torch.cat([index for index in indexes if index is not None])
         if not torch.equal(covered.sort().values.cpu(), torch.arange(self.sequence_length)):
             raise ValueError("every position must be exactly one of a text, a ViT or a VAE token")
+        num_vit = sum(len(part) for part in (self.packed_vit_tokens, self.vit_features) if part is not None)
+        if num_vit != (0 if self.packed_vit_token_indexes is None else len(self.packed_vit_token_indexes)):
+            raise ValueError("packed_vit_tokens and packed_vit_token_indexes must have one entry a token each")
         pairs = [
             ("packed_text_ids", "packed_text_indexes"),
-            ("packed_vit_tokens", "packed_vit_token_indexes"),
             ("packed_vit_position_ids", "packed_vit_token_indexes"),
             ("packed_latent_position_ids", "packed_vae_token_indexes"),
             ("packed_timesteps", "packed_vae_token_indexes"),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from echo4o.data.positions import position_ids
-from echo4o.data.sample import Sample, Segment
+from echo4o.data.sample import ConditionDropout, Sample, Segment
 from echo4o.data.sequence import Decisions, PackedSequence, is_noised, len2weight
 from echo4o.packed import PackedBatch
 
@@ -145,7 +145,8 @@ class Packer:
             _draw_seed(generator, place) if sample.seed is None else sample.seed for place, sample in enumerate(samples)
         ]
         return self._lay_down(
-            samples, [self.decide(sample.segments, seed) for sample, seed in zip(samples, seeds, strict=True)]
+            samples,
+            [self.decide(sample.segments, seed, sample.dropout) for sample, seed in zip(samples, seeds, strict=True)],
         )
 
     def pack_with_drops(
@@ -167,18 +168,22 @@ class Packer:
             decisions.append(Decisions(tuple(dropped), tuple(steps), tuple(range(len(steps)))))
         return self._lay_down(samples, decisions)
 
-    def decide(self, segments: Sequence[SegmentLike], seed: int) -> Decisions:
-        """Draw the decisions about a sample; the draws depend on nothing but its seed and number of segments."""
-        config, count = self.config, len(segments)
+    def decide(self, segments: Sequence[SegmentLike], seed: int, dropout: ConditionDropout | None = None) -> Decisions:
+        """Draw the decisions about a sample; the draws depend on nothing but its seed and number of segments.
+
+        Args:
+            dropout: probabilities that go before the run's; the draws are the same.
+        """
+        count = len(segments)
         generator = np.random.Generator(np.random.PCG64(seed))
-        all_refs = generator.random() < config.all_refs_dropout_prob
+        all_refs = generator.random() < self._probability("all_refs_dropout_prob", dropout)
         uniform = generator.random(count)
         timesteps = generator.standard_normal(count)
         noise_seeds = generator.integers(0, 2**63 - 1, count)
         probability = {
-            "text": config.text_cond_dropout_prob,
-            "vae_image": config.vae_cond_dropout_prob,
-            "vit_image": config.vit_cond_dropout_prob,
+            "text": self._probability("text_cond_dropout_prob", dropout),
+            "vae_image": self._probability("vae_cond_dropout_prob", dropout),
+            "vit_image": self._probability("vit_cond_dropout_prob", dropout),
         }
         dropped = [
             segment.droppable and bool((all_refs and segment.kind != "text") or draw < probability[segment.kind])
@@ -188,12 +193,15 @@ class Packer:
             dropped = [False] * count  # a sample without tokens would teach nothing
         return Decisions(tuple(dropped), tuple(timesteps.tolist()), tuple(noise_seeds.tolist()))
 
+    def _probability(self, name: str, dropout: ConditionDropout | None) -> float:
+        own = None if dropout is None else getattr(dropout, name)
+        return getattr(self.config, name) if own is None else own
+
     def num_tokens(self, segment: Segment) -> int:
         """Tokens that a segment takes when it is not dropped, markers included. Raises GridError."""
-        if segment.image is None:
+        if segment.kind == "text":
             return len(segment.text_ids) + 2
-        height, width = segment.image.shape[1:]
-        return len(self.grid_ids(segment.kind, height, width)) + 2
+        return len(self.grid_ids(segment.kind, *segment.pixels)) + 2
 
     def laid_down_tokens(self, sample: Sample) -> int:
         """Tokens that a sample with a seed takes in a pack: dropped segments take none.
@@ -204,7 +212,7 @@ class Packer:
         """
         if sample.seed is None:
             raise ValueError(f"sample {sample.row or sample.name or sample} has no seed; give it one: Sample(seed=…)")
-        dropped = self.decide(sample.segments, sample.seed).dropped
+        dropped = self.decide(sample.segments, sample.seed, sample.dropout).dropped
         return sum(self.num_tokens(s) for s, drop in zip(sample.segments, dropped, strict=True) if not drop)
 
     def _lay_down(self, samples: Sequence[Sample], decisions: Sequence[Decisions]) -> PackedBatch:

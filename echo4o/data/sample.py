@@ -18,6 +18,8 @@ class Segment:
         kind: ``text``, ``vae_image`` (latent tokens) or ``vit_image`` (understanding tokens).
         text_ids: token ids without bos and eos, for text.
         image: (3, H, W) in [-1, 1], already resized to its stride, for images.
+        encoded: what a cache holds of the image, in place of `image` (`echo4o.data.latent_cache`).
+        size: (width, height) of the image where it is given as `encoded`.
         loss: the segment is learned: next-token loss on text, flow-matching loss on a VAE image.
         droppable: may be dropped for classifier-free guidance (upstream's ``enable_cfg``).
         special_token_loss: the closing marker also predicts ``special_token_label``.
@@ -35,12 +37,33 @@ class Segment:
     split_start: bool = True
     split_end: bool = True
     frame_delta: int | None = None
+    encoded: Tensor | None = None
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in SEGMENT_KINDS:
             raise ValueError(f"unknown segment type {self.kind!r}; known: {', '.join(SEGMENT_KINDS)}")
-        if (self.image is None) == (self.kind != "text"):
-            raise ValueError(f"a {self.kind} segment {'needs an' if self.image is None else 'takes no'} image")
+        given = self.image is not None or (self.encoded is not None and self.size is not None)
+        if given == (self.kind == "text"):
+            raise ValueError(f"a {self.kind} segment {'takes no' if given else 'needs an'} image")
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """(height, width) of the image of an image segment."""
+        if self.image is not None:
+            return self.image.shape[1], self.image.shape[2]
+        assert self.size is not None  # see __post_init__
+        return self.size[1], self.size[0]
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Dropout probabilities that go before those of the run (`PackingConfig`); ``None`` leaves the run's."""
+
+    text_cond_dropout_prob: float | None = None
+    vae_cond_dropout_prob: float | None = None
+    vit_cond_dropout_prob: float | None = None
+    all_refs_dropout_prob: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,7 @@ class Sample:
         name: name of the data set it came from.
         row: where it lies on disk, for messages (``file:row``).
         address: (source, epoch, index) of the row, for tracing.
+        dropout: probabilities of its own.
     """
 
     segments: tuple[Segment, ...]
@@ -62,6 +86,7 @@ class Sample:
     row: str = ""
     extra: Mapping[str, object] = field(default_factory=dict)
     address: tuple[str, int, int] | None = None
+    dropout: ConditionDropout | None = None
 
     @classmethod
     def from_plan(

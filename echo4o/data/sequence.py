@@ -59,9 +59,12 @@ class PackedSequence:
         self.attn_modes: list[str] = []
         self.arrays: dict[str, list[np.ndarray]] = {}
         self.vit_tokens: list[Tensor] = []
+        self.vit_features: list[Tensor] = []
+        self.vit_is_encoded: list[bool] = []
         self.latent_shapes: list[tuple[int, int]] = []
         self.images: dict[int, tuple[int, Tensor]] = {}
-        self.image_indexes: list[int] = []
+        self.moments: dict[int, tuple[int, Tensor]] = {}
+        self.image_indexes: list[tuple[bool, int]] = []  # whether among moments, and the place there
         self.noise_seeds: list[int] = []
 
     def add_sample(self, sample: Sample, decisions: Decisions) -> None:
@@ -100,11 +103,9 @@ class PackedSequence:
         self._close_split()
 
     def _add_image(self, segment: Segment, timestep: float, noise_seed: int) -> None:
-        assert segment.image is not None
         noised = is_noised(segment)
         self._open_split("noise" if noised and segment.frame_delta is None else "full", timestep)
-        height, width = segment.image.shape[1:]
-        grid_ids = self.packer.grid_ids(segment.kind, height, width)
+        grid_ids = self.packer.grid_ids(segment.kind, *segment.pixels)
         count = len(grid_ids)
         tokens = np.arange(self.length + 1, self.length + 1 + count)
         ends = np.array([self.length, self.length + 1 + count])
@@ -115,25 +116,36 @@ class PackedSequence:
             self._append("vit_indexes", tokens)
             self._append("vit_position_ids", grid_ids)
             self._append("vit_seqlens", np.array([count]))
-            # Patches end in the channel axis: from a channels-last image they are copied twice as fast.
-            channels_last = segment.image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-            self.vit_tokens.append(patchify_image(channels_last, self.config.vit_patch_size))
+            self._add_vit_image(segment)
         else:
             self._append("vae_indexes", tokens)
             self._append("latent_position_ids", grid_ids)
             self._append("timesteps", np.full(count, self.split_timestep if noised else CLEAN, dtype=np.float32))
             if noised:
                 self._append("mse_indexes", tokens)
-            self._add_vae_image(segment.image, noise_seed)
+            self._add_vae_image(segment, noise_seed)
         self._add_marker_label(segment, ends[1:])
         self.rope += segment.frame_delta if segment.frame_delta is not None else int(not noised)
         self._advance(count + 2)
 
-    def _add_vae_image(self, image: Tensor, noise_seed: int) -> None:
-        downsample = self.config.latent_downsample
-        self.latent_shapes.append((image.shape[1] // downsample, image.shape[2] // downsample))
-        place, _ = self.images.setdefault(id(image), (len(self.images), image))
-        self.image_indexes.append(place)
+    def _add_vit_image(self, segment: Segment) -> None:
+        self.vit_is_encoded.append(segment.encoded is not None)
+        if segment.encoded is not None:
+            self.vit_features.append(segment.encoded)
+            return
+        assert segment.image is not None
+        # Patches end in the channel axis: from a channels-last image they are copied twice as fast.
+        channels_last = segment.image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        self.vit_tokens.append(patchify_image(channels_last, self.config.vit_patch_size))
+
+    def _add_vae_image(self, segment: Segment, noise_seed: int) -> None:
+        downsample, (height, width) = self.config.latent_downsample, segment.pixels
+        self.latent_shapes.append((height // downsample, width // downsample))
+        is_encoded = segment.encoded is not None
+        kept, given = (self.moments, segment.encoded) if is_encoded else (self.images, segment.image)
+        assert given is not None
+        place, _ = kept.setdefault(id(given), (len(kept), given))
+        self.image_indexes.append((is_encoded, place))
         self.noise_seeds.append(noise_seed)
 
     def _add_marker_label(self, segment: Segment, index: np.ndarray) -> None:
@@ -173,6 +185,7 @@ class PackedSequence:
     def batch(self) -> PackedBatch:
         """The finished pack; it must hold at least one segment."""
         addresses = [sample.address for sample in self.samples if sample.address is not None]
+        places = [place + len(self.images) * is_encoded for is_encoded, place in self.image_indexes]
         return PackedBatch(
             sequence_length=self.length,
             sample_lens=self.sample_lens,
@@ -194,8 +207,11 @@ class PackedSequence:
             ce_loss_indexes=self._tensor("ce_indexes"),
             ce_loss_weights=self._tensor("ce_weights"),
             vae_images=[image for _, image in self.images.values()] or None,
-            vae_image_indexes=self.image_indexes or None,
+            vae_moments=[moments for _, moments in self.moments.values()] or None,
+            vae_image_indexes=places or None,
             vae_seeds=self.noise_seeds or None,
+            vit_features=torch.cat(self.vit_features) if self.vit_features else None,
+            vit_is_encoded=self.vit_is_encoded if self.vit_features else None,
             sample_names=[sample.name for sample in self.samples],
             sample_rows=[sample.row for sample in self.samples],
             sample_addresses=addresses if len(addresses) == len(self.samples) else [],

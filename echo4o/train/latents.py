@@ -14,8 +14,10 @@ from echo4o.packed import PackedBatch
 def encode_batch(vae: AutoEncoder, batch: PackedBatch, latent_patch_size: int) -> tuple[Tensor | None, Tensor | None]:
     """Latent tokens and flow noise of every laid-down VAE image, in the order of ``packed_vae_token_indexes``.
 
-    A distinct image passes the encoder once, however often it is laid down. Noise is drawn on the CPU in float32 from
-    the image's seed (first the posterior sample, then the flow noise): neighbours, ranks and devices change nothing.
+    A distinct image passes the encoder once, however often it is laid down, and by itself: in a batch the last bits of
+    its moments would depend on the other images. One that a cache holds does not pass it at all. Noise is drawn on the
+    CPU in float32 from the image's seed (first the posterior sample, then the flow noise): neighbours, ranks and
+    devices change nothing.
 
     Returns:
         Two float32 tensors (n_vae, patch² · C) on the batch's device, or two None for a batch without VAE images.
@@ -25,11 +27,13 @@ def encode_batch(vae: AutoEncoder, batch: PackedBatch, latent_patch_size: int) -
     """
     if batch.packed_vae_token_indexes is None or not len(batch.packed_vae_token_indexes):
         return None, None
-    if not batch.vae_images or batch.vae_image_indexes is None or batch.vae_seeds is None:
+    images, cached = batch.vae_images or [], batch.vae_moments or []
+    if not (images or cached) or batch.vae_image_indexes is None or batch.vae_seeds is None:
         raise ValueError(
-            "a batch with latent tokens needs vae_images, vae_image_indexes and vae_seeds (made by Packer)"
+            "a batch with latent tokens needs vae_images or vae_moments, vae_image_indexes and vae_seeds (made by "
+            "Packer)"
         )
-    moments = vae.encode_grouped(batch.vae_images)
+    moments = [*vae.encode_grouped(images, max_pixels_per_chunk=1), *cached]
     latents, noises = [], []
     grids = batch.patchified_vae_latent_shapes or []
     for place, seed, (h, w) in zip(batch.vae_image_indexes, batch.vae_seeds, grids, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from echo4o.data.errors import DataError, RowError
 from echo4o.data.images import DEFAULT_PIXEL_LIMIT, ImageTransform, open_image, printable, probe_size, to_tensor
+from echo4o.data.latent_cache import LatentCache
+from echo4o.data.latent_keys import content_hash
 from echo4o.data.positions import check_grid
 from echo4o.data.sample import Sample, Segment
 from echo4o.data.sources.base import Limits
@@ -175,6 +178,11 @@ class Drafter:
         grid = (self.limits.vit_patch_size, self.limits.vit_max_num_patch_per_side)
         return self._image("vit_image", picture, self.vit_transform, grid, img_num, shrink, False, droppable)
 
+    def resize_rules(self) -> dict[str, dict[str, Any]]:
+        """Kind of image → its transform."""
+        transforms = {"vae_image": self.vae_transform, "vit_image": self.vit_transform}
+        return {kind: dataclasses.asdict(rule) for kind, rule in transforms.items() if rule is not None}
+
     def _image(
         self,
         kind: str,
@@ -199,13 +207,16 @@ class Drafter:
 @dataclass
 class SampleLoader:
     """Decodes a drafted row. Each picture is decoded once; each (picture, size) becomes one tensor object, so that an
-    image laid down several times is encoded by the VAE once."""
+    image laid down several times is encoded by the VAE once. What `cache` holds of a picture is taken from there."""
 
     drafts: Sequence[SegmentDraft]
     seed: int
     name: str
     file: str
     row: int
+    cache: LatentCache | None = None
+    _contents: dict[int, bytes] = field(default_factory=dict, repr=False)
+    _encoded: dict[tuple[str, int, tuple[int, int]], Tensor | None] = field(default_factory=dict, repr=False)
     _tensors: dict[tuple[int, tuple[int, int]], Tensor] = field(default_factory=dict, repr=False)
     _decoded: dict[int, Image.Image] = field(default_factory=dict, repr=False)
 
@@ -220,13 +231,42 @@ class SampleLoader:
         except Exception as error:  # one odd row among millions must be counted, not end the run
             raise unreadable_row(error).at(self.file, self.row) from error
         finally:
-            self._tensors.clear()
-            self._decoded.clear()
+            for kept in (self._tensors, self._decoded, self._encoded, self._contents):
+                kept.clear()
         return Sample(segments, seed=self.seed, name=self.name, row=f"{self.file}:{self.row}")
 
     def _segment(self, draft: SegmentDraft) -> Segment:
-        image = None if draft.picture is None else self._tensor(draft.picture, draft.size)
-        return Segment(draft.kind, text_ids=draft.text_ids, image=image, loss=draft.loss, droppable=draft.droppable)
+        image = encoded = size = None
+        if draft.picture is not None:
+            cache = self.cache if self.cache is not None and draft.kind in self.cache.stores else None
+            if cache is not None and isinstance(draft.picture, EncodedPicture):
+                encoded, size = self._from_cache(cache, draft.kind, draft.picture, draft.size), draft.size
+            if encoded is None:
+                image = self._tensor(draft.picture, draft.size)
+                if cache is not None and cache.strict and size is not None:
+                    raise cache.missing(draft.kind, f"{self.file}:{self.row}", size)
+        return Segment(
+            draft.kind,
+            text_ids=draft.text_ids,
+            image=image,
+            loss=draft.loss,
+            droppable=draft.droppable,
+            encoded=encoded,
+            size=size,
+        )
+
+    def _from_cache(
+        self, cache: LatentCache, kind: str, picture: EncodedPicture, size: tuple[int, int]
+    ) -> Tensor | None:
+        key = (kind, id(picture), size)
+        if key not in self._encoded:
+            if id(picture) not in self._contents:
+                try:
+                    self._contents[id(picture)] = content_hash(picture.data)
+                except OSError:
+                    return None  # decoding it will tell why
+            self._encoded[key] = cache.find(kind, self._contents[id(picture)], size)
+        return self._encoded[key]
 
     def _tensor(self, picture: Picture, size: tuple[int, int]) -> Tensor:
         key = (id(picture), size)

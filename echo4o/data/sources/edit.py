@@ -57,6 +57,13 @@ class EditPlanner:
                 drafts += self._condition(edited)
         return drafts
 
+    def images(self, row: Mapping[str, Any], pictures: PictureReader) -> list[SegmentDraft]:
+        sources, target = references_and_target(row)
+        return [draft for image in (*sources, target) for draft in self._condition(pictures(image))]
+
+    def resize_rules(self) -> dict[str, Any]:
+        return self.drafter.resize_rules()
+
     @staticmethod
     def _steps(row: Mapping[str, Any], num_images: int) -> list[Any]:
         if num_images < 2:

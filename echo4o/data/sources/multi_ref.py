@@ -116,6 +116,16 @@ class MultiRefPlanner:
         copy = self.drafter.vae_image(pictures(target), loss=True, droppable=False)
         return drafts + [copy] * self.options.noise_copies
 
+    def images(self, row: Mapping[str, Any], pictures: PictureReader) -> list[SegmentDraft]:
+        given, target = references_and_target(row)
+        images = self._limited(given)
+        references = [draft for image in images for draft in self._reference(pictures(image), len(images))]
+        return [*references, self.drafter.vae_image(pictures(target), loss=True, droppable=False)]
+
+    def resize_rules(self) -> dict[str, Any]:
+        budgets = {"max_pixels_by_num_refs": list(self.options.max_pixels_by_num_refs)}  # type: ignore[arg-type]
+        return {kind: rule | budgets for kind, rule in self.drafter.resize_rules().items()}
+
     def _limited(self, images: list[Any]) -> list[Any]:
         limit = self.options.max_refs
         if limit is None or len(images) <= limit:

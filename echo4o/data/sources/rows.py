@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 import time
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from echo4o.data.errors import DataError, RowError
 from echo4o.data.images import DEFAULT_PIXEL_LIMIT
+from echo4o.data.latent_cache import LatentCache
+from echo4o.data.sample import ConditionDropout
 from echo4o.data.sources.base import Address, RowPlan, item_seed
 from echo4o.data.sources.drafts import PictureReader, SampleLoader, SegmentDraft, unreadable_row
 from echo4o.data.sources.order import EpochOrder
@@ -44,6 +47,14 @@ class RowPlanner(Protocol):
         """Segments in sequence order. Raises RowError."""
         ...
 
+    def images(self, row: Mapping[str, Any], pictures: PictureReader) -> list[SegmentDraft]:
+        """Every image segment that some epoch may lay down, dropout aside. Raises RowError."""
+        ...
+
+    def resize_rules(self) -> dict[str, Any]:
+        """Kind of image (``vae_image``, ``vit_image``) → what decides about its size, for JSON."""
+        ...
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -69,6 +80,7 @@ class GroupRows:
         planner: for its kind of data.
         data_seed: of the run.
         pixel_limit: larger images are refused.
+        dropout: probabilities of its samples, where they are not the run's.
     """
 
     def __init__(
@@ -78,14 +90,18 @@ class GroupRows:
         planner: RowPlanner,
         data_seed: int,
         pixel_limit: int = DEFAULT_PIXEL_LIMIT,
+        dropout: ConditionDropout | None = None,
     ) -> None:
         self.name = name
         #: Time spent reading rows from disk so far, for the loader's timings by stage.
         self.read_seconds = 0.0
+        #: What is known of images without decoding them.
+        self.cache: LatentCache | None = None
         self._data_sets = list(data_sets)
         self._planner = planner
         self._data_seed = data_seed
         self._pixel_limit = pixel_limit
+        self._dropout = dropout
         self._order = EpochOrder([n for part in data_sets for n in part.store.unit_lengths], data_seed, name)
         self._ends = list(accumulate(len(part.store) for part in data_sets))
 
@@ -98,27 +114,53 @@ class GroupRows:
 
     def locate(self, address: Address) -> RowPlan:
         """The row at `address`, planned exactly as whenever it was planned before. Raises RowError."""
-        part = bisect_right(self._ends, address.index)
-        if address.source != self.name or not 0 <= part < len(self._ends):
+        if address.source != self.name or not 0 <= address.index < len(self):
             raise RowError("unknown address", detail=f"{address} is not in {self.name}, which has {len(self)} rows")
-        data_set = self._data_sets[part]
-        index = address.index - (self._ends[part - 1] if part else 0)
+        data_set, index = self._place(address.index)
         file, row = data_set.store.where(index)
         seed = item_seed(self._data_seed, address.epoch, self.name, address.index)
+        drafts = self._drafted(address.index, partial(self._planner.draft, rng=random.Random(seed)))
+        num_tokens = sum(draft.num_tokens for draft in drafts)
+        load = SampleLoader(drafts, seed, data_set.name, file, row, self.cache)
+        place = f"{file}:{row}"
+        return RowPlan(address, num_tokens, seed, place, data_set.name, load, tuple(drafts), self._dropout)
+
+    def images(self, index: int) -> list[SegmentDraft]:
+        """Every image segment that some epoch may lay down for a row, by its index. Raises RowError."""
+        return self._drafted(index, self._planner.images)
+
+    def row_name(self, index: int) -> str:
+        """``file:row`` of a row, by its index."""
+        data_set, place = self._place(index)
+        file, row = data_set.store.where(place)
+        return f"{file}:{row}"
+
+    def resize_rules(self) -> dict[str, Any]:
+        """Kind of image → what decides about its size; only kinds that this group lays down."""
+        return self._planner.resize_rules()
+
+    def _place(self, index: int) -> tuple[DataSet, int]:
+        """Data set of a row, and its index there."""
+        part = bisect_right(self._ends, index)
+        return self._data_sets[part], index - (self._ends[part - 1] if part else 0)
+
+    def _drafted(
+        self, index: int, draft: Callable[[Mapping[str, Any], PictureReader], list[SegmentDraft]]
+    ) -> list[SegmentDraft]:
+        """What `draft` makes of a row; whatever is wrong with it becomes a RowError with its place."""
+        data_set, place = self._place(index)
+        file, row = data_set.store.where(place)
         try:
             read_start = time.perf_counter()
-            values = data_set.store.read(index)
+            values = data_set.store.read(place)
             self.read_seconds += time.perf_counter() - read_start
-            drafts = self._planner.draft(values, self._picture_reader(data_set, index), random.Random(seed))
+            return draft(values, self._picture_reader(data_set, place))
         except RowError as error:
             raise error.at(file, row) from error
         except DataError:
             raise
         except Exception as error:  # one odd row among millions must be counted, not end the run
             raise unreadable_row(error).at(file, row) from error
-        num_tokens = sum(draft.num_tokens for draft in drafts)
-        load = SampleLoader(drafts, seed, data_set.name, file, row)
-        return RowPlan(address, num_tokens, seed, f"{file}:{row}", data_set.name, load, tuple(drafts))
 
     def expect_streams(self, num_streams: int) -> None:
         """Keep at hand what so many streams of this process are reading."""

@@ -24,6 +24,10 @@ class T2IPlanner:
     columns: ClassVar[tuple[str, ...]] = ("captions", *_CAPTION, *_IMAGE)
 
     def draft(self, row: Mapping[str, Any], pictures: PictureReader, rng: random.Random) -> list[SegmentDraft]:
+        images = self.images(row, pictures)
+        return [self.drafter.text(self._caption(row, rng), droppable=True), *images]
+
+    def images(self, row: Mapping[str, Any], pictures: PictureReader) -> list[SegmentDraft]:
         _, image = first_of(row, _IMAGE)
         if image is None:
             raise RowError("no images")
@@ -31,10 +35,10 @@ class T2IPlanner:
             if len(image) != 1:
                 raise RowError("wrong column type", detail=f"a text-to-image row has {len(image)} images")
             image = image[0]
-        return [
-            self.drafter.text(self._caption(row, rng), droppable=True),
-            self.drafter.vae_image(pictures(image), loss=True, droppable=False),
-        ]
+        return [self.drafter.vae_image(pictures(image), loss=True, droppable=False)]
+
+    def resize_rules(self) -> dict[str, Any]:
+        return self.drafter.resize_rules()
 
     @staticmethod
     def _caption(row: Mapping[str, Any], rng: random.Random) -> str:

@@ -53,6 +53,14 @@ class VlmPlanner:
             raise RowError("no loss", detail="the conversation has no answer to learn from")
         return drafts
 
+    def images(self, row: Mapping[str, Any], pictures: PictureReader) -> list[SegmentDraft]:
+        if row.get("video") is not None:
+            return []  # which frames are used is drawn anew every epoch
+        return [draft for draft in self.draft(row, pictures, random.Random(0)) if draft.picture is not None]
+
+    def resize_rules(self) -> dict[str, Any]:
+        return self.drafter.resize_rules()
+
     def _frames(self, video: Any, pictures: PictureReader, rng: random.Random) -> Sequence[Picture]:
         if not isinstance(video, str):
             raise RowError("wrong column type", detail=f"video is {type(video).__name__}, not a path")
