@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from echo4o.data.errors import DataError
+from echo4o.data.errors import DataError, RowError
 from echo4o.data.formats.arrow_rows import SPLITS, STATE, ArrowRows
 from echo4o.data.formats.fields import FieldParser
-from echo4o.data.formats.finder import walk
+from echo4o.data.formats.finder import ImageFinder, walk
 from echo4o.data.formats.layout import files_in, image_finder, parquet_columns
 from echo4o.data.formats.store import Format, FormatStore, Opening, RecordStore
 from echo4o.data.sources.parquet import ParquetRows
@@ -27,6 +27,7 @@ from echo4o.data.sources.rows import RowStore
 _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(@[\w./\-~]+)?")
 _UNIT_ROWS = 64
+_NUM_PROBES = 16
 
 
 def open_hf_dataset(opening: Opening) -> FormatStore:
@@ -52,8 +53,19 @@ def open_hf_dataset(opening: Opening) -> FormatStore:
         missing = [name for name in ([theirs] if isinstance(theirs, str) else theirs) if name not in names]
         if missing:
             raise DataError(f"columns.{ours}: {opening.path} has no {', '.join(missing)}; it has {', '.join(names)}")
-    finder = image_finder(opening, folders)
-    return RecordStore(rows, FieldParser(finder, opening.columns))
+    finder = image_finder(opening, folders) if folders or opening.images else ImageFinder()
+    parser = FieldParser(finder, opening.columns)
+    return RecordStore(rows, dataclasses.replace(parser, only_kind=_first_kind(rows, parser)))
+
+
+def _first_kind(rows: RowStore, parser: FieldParser) -> str:
+    """Kind of the first row that can be read: all rows have the same columns, and reading them all is slow."""
+    for row in range(min(len(rows), _NUM_PROBES)):
+        try:
+            return parser.kind(rows.read(row))
+        except RowError as error:
+            _log.debug("row %d: %s", row, error)
+    return ""
 
 
 def _local(path: Path, opening: Opening) -> tuple[RowStore, Sequence[str]]:

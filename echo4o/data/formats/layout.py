@@ -83,6 +83,9 @@ def image_finder(opening: Opening, folders: Iterable[Path], archives: Iterable[P
         DataError: if `images` does not exist.
     """
     given = list(dict.fromkeys(folders))
+    place = local_or_url(opening.path)
+    if not opening.images and isinstance(place, str):
+        return _remote_finder(opening, place.rpartition("/")[0] if Path(place).suffix else place, [])
     if not opening.images:
         root = given[0] if given else Path()
         return ImageFinder(given, list(dict.fromkeys(archives)), root=root, cache_dir=opening.cache_dir)

@@ -18,12 +18,11 @@ from echo4o.data.images import DEFAULT_PIXEL_LIMIT, ImageTransform
 from echo4o.data.sources.base import SourceContext, SourceGroup
 from echo4o.data.sources.drafts import Drafter
 from echo4o.data.sources.edit import EditPlanner
-from echo4o.data.sources.jsonl import JsonlRows
 from echo4o.data.sources.multi_ref import MultiRefOptions, MultiRefPlanner
 from echo4o.data.sources.node_cache import NodeCache
-from echo4o.data.sources.parquet import ParquetRows
-from echo4o.data.sources.rows import DataSet, GroupRows, RowPlanner, RowStore
+from echo4o.data.sources.rows import DataSet, GroupRows, RowPlanner
 from echo4o.data.sources.settings import boolean, check_type, share, whole, wrong
+from echo4o.data.sources.stores import ENTRY_KEYS, FORMAT_KEYS, StoreOpener
 from echo4o.data.sources.t2i import T2IPlanner
 from echo4o.data.sources.video import FrameSampler
 from echo4o.data.sources.vlm import VlmPlanner
@@ -45,12 +44,7 @@ _GROUP_KEYS = [
     "resume_data_status",
     "image_pixel_limit",
 ]
-# parquet_info_path and the two counts are accepted and not needed: the files' own footers tell the row groups.
-_ENTRY_KEYS = ["data_dir", "jsonl_path", "json_dir", "parquet_info_path", "num_files", "num_total_samples"]
 _MULTI_REF_KEYS = [field.name for field in dataclasses.fields(MultiRefOptions)]
-
-#: Empty shards are a common left-over of writers; a data set that is mostly empty is a mistake.
-_MAX_EMPTY_SHARE = 0.5
 
 # Upstream's shipped values, for groups that leave the transforms out.
 _VAE_TRANSFORM = {"image_stride": 16, "max_image_size": 1024, "min_image_size": 512}
@@ -191,52 +185,25 @@ class _GroupBuilder:
         entry = group[name]
         place = f"dataset_info.{self.name}.{name}"
         if not isinstance(entry, Mapping):
-            raise DataError(f"{place} must be a mapping with data_dir or jsonl_path, not {entry!r}")
+            raise DataError(f"{place} must be a mapping with data_dir, jsonl_path, or format and path, not {entry!r}")
         for key in entry:
-            _check_key(key, _ENTRY_KEYS, f"{place}.{key}")
-        folders = self._paths(entry.get("data_dir"))
-        store = self._store(place, entry, folders, num_used, columns)
-        if not len(store):
-            raise DataError(
-                f"{place} has no rows: {', '.join(map(str, folders)) or entry} holds only empty or unreadable files"
-            )
-        if isinstance(store, ParquetRows):
-            _check_files(store, place, self.context.max_bad_file_share)
+            _check_key(key, (*ENTRY_KEYS, *FORMAT_KEYS), f"{place}.{key}")
+        store, image_folder = self._opener().open(place, entry, num_used, columns)
         _log.info("%s: %d rows in %d files", place, len(store), len(set(store.files)))  # type: ignore[attr-defined]
-        return DataSet(name, store, next((folder for folder in folders if folder.is_dir()), None))
+        return DataSet(name, store, image_folder)
 
-    def _store(
-        self,
-        place: str,
-        entry: Mapping[str, Any],
-        folders: Sequence[Path],
-        num_used: int | None,
-        columns: Sequence[str],
-    ) -> RowStore:
+    def _opener(self) -> StoreOpener:
         shuffled = self._boolean("shuffle_lines", False)
         shuffle_seed = whole(self.settings.get("shuffle_seed", 0), f"{self.name}.shuffle_seed", at_least=0)
-        line_seed = shuffle_seed if shuffled else None
-        lines = self._paths(entry.get("jsonl_path"))
-        if lines or entry.get("json_dir"):
-            lines = lines or _files(self._paths(entry["json_dir"]), ".jsonl")
-            return JsonlRows(_existing(lines, place), num_used, line_seed)
-        if not folders:
-            raise DataError(f"{place} needs data_dir (parquet or JSONL files) or jsonl_path")
-        parquet = _files(_existing(folders, place), ".parquet")
-        lines = [] if parquet else _files(folders, ".jsonl")
-        if not parquet and not lines:
-            raise DataError(f"{place}: no .parquet or .jsonl files in {', '.join(map(str, folders))}")
-        # As upstream: num_used_data counts files of parquet data, but lines of JSONL data.
-        if lines:
-            return JsonlRows(lines, num_used, line_seed)
-        if num_used is not None:
-            parquet = [parquet[number % len(parquet)] for number in range(num_used)]
-        return ParquetRows(parquet, columns, self.cache)
-
-    def _paths(self, value: Any) -> list[Path]:
-        """Absolute paths; relative ones start at the folder of the file that names them."""
-        values = value if isinstance(value, list) else [value] if value else []
-        return [self.info_dir / Path(str(path)).expanduser() for path in values]
+        return StoreOpener(
+            self.settings.get("type", self.name),
+            self.info_dir,
+            self.cache,
+            self.context.cache_dir,
+            self.context.max_bad_file_share,
+            shuffle_seed if shuffled else None,
+            self._boolean("allow_no_references", False),
+        )
 
 
 def _dataset_info(inline: Any, context: SourceContext) -> tuple[Mapping[str, Any], Path]:
@@ -290,37 +257,3 @@ def _check_key(key: Any, known: Iterable[str], what: str) -> None:
         return
     close = difflib.get_close_matches(str(key), names, n=1)
     raise DataError(f"unknown {what}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"))
-
-
-def _check_files(store: ParquetRows, place: str, max_bad_share: float) -> None:
-    """Raises DataError if too many files are unreadable, or most hold no rows."""
-    num_empty, num_unreadable, num_files = len(store.empty_files), len(store.unreadable_files), store.num_files
-    if not num_empty and not num_unreadable:
-        return
-    summary = (
-        f"{place}: {num_empty + num_unreadable} of {num_files} files are left out: {num_empty} without rows, "
-        f"{num_unreadable} unreadable"
-    )
-    _log.warning("%s", summary)
-    if num_unreadable > max_bad_share * num_files or num_empty > _MAX_EMPTY_SHARE * num_files:
-        first = (store.unreadable_files or store.empty_files)[0]
-        raise DataError(
-            f"{summary}.\n  At most {max_bad_share:.0%} may be unreadable and {_MAX_EMPTY_SHARE:.0%} without rows; "
-            f"the first one: {first}\n  Repair or remove these files."
-        )
-
-
-def _existing(paths: Sequence[Path], place: str) -> Sequence[Path]:
-    for path in paths:
-        if not path.exists():
-            raise DataError(f"{place}: {path} does not exist")
-    return paths
-
-
-def _files(paths: Sequence[Path], suffix: str) -> list[Path]:
-    """Files with a suffix among paths and directly inside folders, each folder's by name."""
-    found: list[Path] = []
-    for path in paths:
-        candidates = sorted(path.iterdir()) if path.is_dir() else [path]
-        found += [candidate for candidate in candidates if candidate.suffix == suffix and candidate.is_file()]
-    return found

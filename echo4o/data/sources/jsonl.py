@@ -44,7 +44,7 @@ class JsonlRows:
         spans = [self._row_spans(path) for path in self.files]
         file_of = np.concatenate([np.full(len(span), i, dtype=np.int32) for i, span in enumerate(spans)])
         line_of = np.concatenate([np.arange(len(span)) for span in spans])
-        chosen = _choose(len(file_of), num_lines, shuffle_seed)
+        chosen = choose(len(file_of), num_lines, shuffle_seed)
         self._file_of, self._line_of = file_of[chosen], line_of[chosen]
         self._spans = np.concatenate(spans)[chosen]
         full_blocks, rest = divmod(len(chosen), _BLOCK_LINES)
@@ -115,7 +115,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _choose(num_available: int, num_lines: int | None, shuffle_seed: int | None) -> np.ndarray:
+def choose(num_available: int, num_lines: int | None, shuffle_seed: int | None) -> np.ndarray:
     """Which lines are used, in file order so that neighbours stay neighbours."""
     if num_lines is None or not num_available:
         return np.arange(num_available)
