@@ -132,13 +132,19 @@ class BatchComposer:
         self._load_seconds = 0.0
         self._pack_seconds = 0.0
 
-    def next_batch(self) -> PackedBatch:
+    def next_batch(self, step: int | None = None) -> PackedBatch:
         """The next pack; never empty.
+
+        Args:
+            step: optimiser steps done when it is taken, for weights that change; by default the packs made so far.
 
         Raises:
             DataError: if too many rows are bad or a group has no usable row.
         """
         pack = _Pack(self.limits.max_num_tokens)
+        if self.mixture.begin_pack(self.num_batches if step is None else step):
+            self.mixture.give_back([waiting.row for waiting in self._buffer])
+            self._buffer = []
         self._refill()
         self._add_mandatory(pack)
         while pack.num_tokens < self.limits.expected_num_tokens:
@@ -173,7 +179,7 @@ class BatchComposer:
         names = sorted(self.mixture.mandatory, key=lambda name: name not in self._held_back)
         for name in names:
             while True:
-                row = self._held_back.pop(name, None) or self._waiting(self.mixture.next_row(name))
+                row = self._held_back.pop(name, None) or self._draw(name)
                 if row.num_tokens > pack.room:
                     self._held_back[name] = row
                     break
@@ -182,7 +188,12 @@ class BatchComposer:
 
     def _refill(self) -> None:
         while len(self._buffer) < max(1, self.limits.max_buffer_size):
-            self._buffer.append(self._waiting(self.mixture.next_row()))
+            self._buffer.append(self._draw())
+
+    def _draw(self, group: str | None = None) -> _Waiting:
+        waiting = self._waiting(self.mixture.next_row(group))
+        self.mixture.count_tokens(waiting.row, waiting.num_tokens)
+        return waiting
 
     def _choose(self, room: int) -> list[int]:
         """Indexes of the buffered rows to add, ascending; the oldest first of all if it is due and fits."""
@@ -195,7 +206,7 @@ class BatchComposer:
     def _waiting(self, row: GroupedRow, since: int | None = None) -> _Waiting:
         segments, num_tokens = row.plan.segments, row.plan.num_tokens
         if segments:
-            dropped = self.packer.decide(segments, row.plan.seed).dropped
+            dropped = self.packer.decide(segments, row.plan.seed, row.plan.dropout).dropped
             num_tokens = sum(s.num_tokens for s, drop in zip(segments, dropped, strict=True) if not drop)
         return _Waiting(row, num_tokens, self.num_batches if since is None else since)
 
@@ -204,7 +215,7 @@ class BatchComposer:
         started = time.perf_counter()
         plan = row.row.plan
         try:
-            sample = dataclasses.replace(plan.load(), seed=plan.seed, address=tuple(plan.address))
+            sample = dataclasses.replace(plan.load(), seed=plan.seed, address=tuple(plan.address), dropout=plan.dropout)
             num_tokens = self.packer.laid_down_tokens(sample)
             if num_tokens > pack.room:
                 raise RowError("longer than planned", detail=f"{num_tokens} tokens instead of {row.num_tokens}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
 
+from echo4o.data.choosing import merged_balances
 from echo4o.data.mixture import share_of_epoch
 
 
@@ -79,10 +80,12 @@ class Deal:
     def state(self, stream: int) -> dict[str, Any]:
         """State of a new stream's composer. What the old ones counted is handed on, so that sums stay the same."""
         before = [state for old, state in self._streams.items() if old % self.num_streams == stream]
-        ledgers = [state["mixture"]["ledger"] for state in before]
+        mixtures = [state["mixture"] for state in before]
+        ledgers = [mixture["ledger"] for mixture in mixtures]
         return {
             "mixture": {
                 "draws": self._draws,
+                **merged_balances(mixtures),
                 "groups": self._groups[stream],
                 "ledger": {
                     **{name: sum(ledger[name] for ledger in ledgers) for name in ("rows", "good", "too_long")},

@@ -11,7 +11,7 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 
 from echo4o.data.composition import PackLimits
 from echo4o.data.errors import DataError
-from echo4o.data.mixture import Mixture, data_identity
+from echo4o.data.mixture import Mixture
 from echo4o.data.packing import Packer
 from echo4o.data.resume import STATE_VERSION, SavedRanks, resume_streams
+from echo4o.data.same_data import data_identity
 from echo4o.data.sources.base import SourceGroup
 from echo4o.data.streams import Delivery, RankStreams, StreamLayout, streams_per_pack
 from echo4o.data.workers import GRACE, SHORT_GRACE, close_at_exit, end_workers
@@ -229,10 +230,21 @@ class PackedLoader:
             "streams_per_pack": self.layout.streams_per_pack,
             "num_streams": self.layout.num_streams,
             "num_batches": self.num_batches,
+            "first_step": self.layout.first_step,
             "data": data_identity(self.groups, self.config.data_seed),
             "streams": {str(stream): copy.deepcopy(state) for stream, state in self._states.items()},
             "counters": {str(stream): dict(counts) for stream, counts in self._counters.items()},
         }
+
+    def begin_at(self, step: int) -> None:
+        """A run that goes on after `step` optimiser steps begins its data anew: weights are those of its step.
+
+        Raises:
+            DataError: if packs were taken already.
+        """
+        if self.num_batches or self._iterator is not None:
+            raise DataError("begin_at is called before the first pack is taken")
+        self.layout = replace(self.layout, first_step=step)
 
     def load_state_dict(self, read: Callable[[int], dict[str, Any]], num_ranks: int) -> None:
         """Go on after the batches at which a run's ranks saved their states.

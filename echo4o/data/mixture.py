@@ -1,4 +1,4 @@
-"""Which row comes next: weighted and mandatory groups, read in spans of each epoch's order.
+"""Which row comes next: of a group that was chosen, read in spans of each epoch's order.
 
 N consumers (the logical streams of `echo4o.data.streams`) share every group. Consumer c takes the contiguous share
 ``[s·n/N, (s+1)·n/N)`` of an epoch's n positions, with ``s = (c + epoch) mod N``: every row is read by exactly one
@@ -8,20 +8,16 @@ epoch.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
+from echo4o.data.choosing import GroupChoice, check_shares
 from echo4o.data.errors import DataError, RowError
 from echo4o.data.ledger import FruitlessRows, RowLedger
 from echo4o.data.sources.base import Address, RowPlan, SourceGroup
-
-logger = logging.getLogger(__name__)
 
 
 def _row_of(plan: RowPlan) -> tuple[str, int]:
@@ -31,53 +27,16 @@ def _row_of(plan: RowPlan) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class GroupedRow:
-    """A planned row and the group it was drawn from."""
+    """A planned row and the group it was drawn from.
+
+    Attributes:
+        counts: towards the group's share of the tokens. A row that was drawn before and given back does not again, nor
+            one of a mandatory group that is far beyond its share.
+    """
 
     group: str
     plan: RowPlan
-
-
-def data_identity(groups: Sequence[SourceGroup], data_seed: int) -> dict[str, Any]:
-    """JSON-able account of what determines a stream's rows and their order."""
-    return {
-        "data_seed": data_seed,
-        "groups": {
-            group.name: {"rows": len(group.source), "weight": group.weight, "is_mandatory": group.is_mandatory}
-            for group in groups
-        },
-    }
-
-
-def check_same_data(saved: dict[str, Any], groups: Sequence[SourceGroup], data_seed: int) -> None:
-    """Compare a checkpoint's `data_identity` with this run's. Other weights are logged and allowed: they change which
-    group comes next, but no row is read twice or lost. Groups with ``resume_data_status: false`` may have other rows.
-
-    Raises:
-        DataError: naming everything else that changed.
-    """
-    before, now = saved["groups"], data_identity(groups, data_seed)["groups"]
-    changes = [] if saved["data_seed"] == data_seed else [f"data_seed was {saved['data_seed']} and is {data_seed}"]
-    changes += [f"group {name} is gone" for name in before if name not in now]
-    changes += [f"group {name} is new" for name in now if name not in before]
-    for group in groups:
-        if group.name not in before:
-            continue
-        was, found = before[group.name], now[group.name]
-        if was["rows"] != found["rows"] and group.resume_data_status:
-            changes.append(f"group {group.name} had {was['rows']} rows and has {found['rows']}")
-        if was["is_mandatory"] != found["is_mandatory"]:
-            changes.append(
-                f"is_mandatory of group {group.name} was {was['is_mandatory']} and is {found['is_mandatory']}"
-            )
-        if was["weight"] != found["weight"]:
-            logger.warning("the weight of group %s was %g and is %g now", group.name, was["weight"], found["weight"])
-    if changes:
-        raise DataError(
-            "the checkpoint's data stream cannot go on, rows would repeat or get lost: "
-            f"{'; '.join(changes)}.\n"
-            "  Restore the dataset YAML, its data and --data_seed, or begin the data stream anew with "
-            "--resume_data False."
-        )
+    counts: bool = True
 
 
 def share_of_epoch(consumer: int, epoch: int, num_rows: int, num_consumers: int) -> tuple[int, int]:
@@ -146,7 +105,8 @@ class Mixture:
     Args:
         groups: names are unique; at least one has a weight above 0.
         consumer, num_consumers: whose share of the rows this is.
-        data_seed: of the run; group choices depend on (data_seed, consumer, number of the draw) alone.
+        data_seed: of the run. Group choices depend on (data_seed, consumer, number of the draw) alone, on the step too
+            where a weight does, and on the tokens drawn so far where they are counted (`echo4o.data.choosing`).
         max_num_tokens_per_sample: longer rows are skipped and counted.
         max_bad_row_share: of the rows read that may fail.
     """
@@ -160,15 +120,14 @@ class Mixture:
         max_num_tokens_per_sample: int,
         max_bad_row_share: float = 0.1,
     ) -> None:
-        self._check(groups)
+        check_shares(groups)
         self.groups = {group.name: group for group in groups}
         self.mandatory = [group.name for group in groups if group.is_mandatory]
         self.consumer = consumer
-        self.data_seed = data_seed
         self.max_num_tokens_per_sample = max_num_tokens_per_sample
-        num_rows = sum(len(group.source) for group in groups if group.weight > 0 or group.is_mandatory)
+        num_rows = sum(len(group.source) for group in groups if group.can_be_drawn or group.is_mandatory)
         self.ledger = RowLedger(max_bad_row_share, num_rows, num_consumers)
-        self.num_draws = 0
+        self.choice = GroupChoice(groups, consumer, data_seed, max_num_tokens_per_sample)
         self.plan_seconds = 0.0  # reading included
         self.read_seconds = 0.0
         self._cursors = {group.name: GroupCursor(group, consumer, num_consumers) for group in groups}
@@ -176,31 +135,33 @@ class Mixture:
             name: FruitlessRows(name, cursor.num_rows, max_num_tokens_per_sample)
             for name, cursor in self._cursors.items()
         }
-        self._weighted = [group.name for group in groups if group.weight > 0]
-        total = sum(self.groups[name].weight for name in self._weighted)
-        self._thresholds = list(accumulate(self.groups[name].weight / total for name in self._weighted))
-
-    @staticmethod
-    def _check(groups: Sequence[SourceGroup]) -> None:
-        names = [group.name for group in groups]
-        if len(set(names)) != len(names):
-            raise DataError(f"group names must differ: {', '.join(names)}")
-        if any(group.weight < 0 for group in groups):
-            raise DataError(f"group weights must not be negative: { {group.name: group.weight for group in groups} }")
-        if not any(group.weight > 0 for group in groups):
-            raise DataError(
-                f"no group has a weight above 0 (groups: {', '.join(names) or 'none'}); add 'weight: 1' to one of them"
-            )
 
     def next_row(self, group: str | None = None) -> GroupedRow:
-        """The next usable row of `group`, or of a group drawn by weight.
+        """The next usable row of `group`, or of a group drawn by weight. Its tokens are to be counted (`count_tokens`).
 
         Raises:
             DataError: if too many rows are bad, or no row of the group can be used.
         """
-        name = self._draw_group() if group is None else group
+        name = self.choice.draw() if group is None else group
         with self._timed(name):
-            return GroupedRow(name, self._next_usable(name))
+            plan, drawn_before = self._next_usable(name)
+        return GroupedRow(name, plan, counts=not drawn_before and (group is None or self.choice.counts(name)))
+
+    def count_tokens(self, row: GroupedRow, num_tokens: int) -> None:
+        """A row that was drawn will take so many tokens."""
+        if row.counts:
+            self.choice.charge(row.group, num_tokens)
+
+    def begin_pack(self, step: int) -> bool:
+        """Draw by the weights of an optimiser step from now on. True if an entry of a schedule began since the pack
+        before: rows that wait were drawn by others and are better given back."""
+        return self.choice.begin_pack(step)
+
+    def give_back(self, rows: Sequence[GroupedRow]) -> None:
+        """Rows that were drawn and not used: they come first when their groups are drawn again."""
+        for name, cursor in self._cursors.items():
+            places = [[row.plan.address.epoch, row.plan.address.index] for row in rows if row.group == name]
+            cursor.returned = places + cursor.returned
 
     def locate(self, group: str, address: Sequence) -> GroupedRow:
         """A row that was drawn earlier, by its address."""
@@ -218,16 +179,8 @@ class Mixture:
             self.plan_seconds += time.perf_counter() - started
             self.read_seconds += getattr(source, "read_seconds", 0.0) - read_before
 
-    def _draw_group(self) -> str:
-        identity = f"{self.data_seed}\0{self.consumer}\0{self.num_draws}".encode()
-        self.num_draws += 1
-        draw = int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big") / 2**64
-        for name, threshold in zip(self._weighted, self._thresholds, strict=True):
-            if draw < threshold:
-                return name
-        return self._weighted[-1]
-
-    def _next_usable(self, name: str) -> RowPlan:
+    def _next_usable(self, name: str) -> tuple[RowPlan, bool]:
+        """The plan, and whether the row had been drawn before."""
         cursor, fruitless = self._cursors[name], self._fruitless[name]
         while True:
             place = cursor.take_returned()
@@ -242,7 +195,7 @@ class Mixture:
                 continue
             if plan.num_tokens <= self.max_num_tokens_per_sample:
                 fruitless.planned()
-                return plan
+                return plan, isinstance(place, Address)
             self.ledger.count_too_long(plan, self._remedy(plan))
             fruitless.not_planned(_row_of(plan))
 
@@ -278,7 +231,7 @@ class Mixture:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; the stream goes on exactly after `load_state_dict`."""
         return {
-            "draws": self.num_draws,
+            **self.choice.state_dict(),
             "groups": {name: cursor.state_dict() for name, cursor in self._cursors.items()},
             "ledger": self.ledger.state_dict(),
         }
@@ -291,7 +244,7 @@ class Mixture:
                 f"{', '.join(sorted(self._cursors))}; use the same dataset YAML, or begin the data stream anew with "
                 "--resume_data False"
             )
-        self.num_draws = state["draws"]
+        self.choice.load_state_dict(state)
         self.ledger.load_state_dict(state["ledger"])
         for name, cursor in self._cursors.items():
             cursor.load_state_dict(state["groups"][name])

@@ -11,7 +11,7 @@ from typing import Any
 from echo4o.data.composition import with_restarted_groups
 from echo4o.data.dealing import deal_anew
 from echo4o.data.errors import DataError
-from echo4o.data.mixture import check_same_data
+from echo4o.data.same_data import check_same_data
 from echo4o.data.sources.base import SourceGroup
 from echo4o.data.streams import StreamLayout
 
@@ -125,7 +125,7 @@ def resume_streams(
 def _continued(
     saved: SavedRanks, first: Mapping[str, Any], layout: StreamLayout, restarted: dict[str, int]
 ) -> ResumedStreams:
-    layout = replace(layout, streams_per_pack=first["streams_per_pack"])
+    layout = replace(layout, streams_per_pack=first["streams_per_pack"], first_step=first.get("first_step", 0))
     packs_per_rank = layout.packs_per_step // saved.num_ranks
     streams = layout.own_streams
     owners = {stream: stream % layout.packs_per_step // packs_per_rank for stream in streams}
@@ -187,6 +187,8 @@ def _dealt(
             layout.num_streams,
             "; ".join(f"{name} {rest.describe()}" for name, rest in deal.outstanding.items()),
         )
+    steps_taken = first["num_batches"] * first["world_size"] // first["packs_per_step"]
+    layout = replace(layout, first_step=first.get("first_step", 0) + steps_taken)
     own = layout.own_streams
     return ResumedStreams(
         layout,

@@ -40,12 +40,14 @@ class StreamLayout:
         streams_per_pack: that serve one slot of a step in turn.
         packs_per_rank: of an optimiser step, on one rank.
         rank: whose packs these are.
+        first_step: optimiser steps that were done before position 0.
     """
 
     packs_per_step: int
     streams_per_pack: int
     packs_per_rank: int
     rank: int
+    first_step: int = 0
 
     @property
     def num_streams(self) -> int:
@@ -61,6 +63,10 @@ class StreamLayout:
         step, place = divmod(position, self.packs_per_rank)
         slot = self.rank * self.packs_per_rank + place
         return slot + self.packs_per_step * (step % self.streams_per_pack)
+
+    def step_at(self, position: int) -> int:
+        """Optimiser steps that are done when the pack is taken."""
+        return self.first_step + position // self.packs_per_rank
 
     @property
     def own_streams(self) -> list[int]:
@@ -131,7 +137,7 @@ class RankStreams(IterableDataset):
                 if stream not in composers:
                     composers[stream] = self._composer(stream)
                 composer = composers[stream]
-                batch = composer.next_batch()
+                batch = composer.next_batch(self.layout.step_at(position))
                 yield Delivery(batch, composer.state_dict(), composer.counters(), composer.timings())
         except DataError as error:
             yield Delivery(error=str(error))

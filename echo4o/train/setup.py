@@ -277,6 +277,7 @@ def _resume(run: Run, folder: str) -> None:
         if run.config.training.resume_data:
             run.loader.load_state_dict(lambda rank: train_state.read_rank(folder, rank)["data"], training["world_size"])
         else:
+            run.loader.begin_at(int(training["step"]))
             logger.warning("resume_data False: the data begins anew; weights, EMA, optimiser and step are resumed")
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
@@ -354,7 +355,7 @@ def _banner(
         "steps": f"{run.step} → {training.total_steps}",
         "tokens per step": f"{tokens:,} (packs of {training.expected_num_tokens:,} to {data.max_num_tokens:,})",
         "data": "; ".join(
-            f"{group.name}: {len(group.source):,} rows, weight {group.weight:g}{', mandatory' * group.is_mandatory}"
+            f"{group.name}: {len(group.source):,} rows, {group.describe_share()}{', mandatory' * group.is_mandatory}"
             for group in groups
         ),
         "device": f"{engine.device}, {dtype} products, attention {initial.model.attention_kernel}",

@@ -10,7 +10,7 @@ import numpy as np
 
 from echo4o.data.errors import RowError
 from echo4o.data.packing import Packer, PackingConfig
-from echo4o.data.sample import Sample, Segment
+from echo4o.data.sample import ConditionDropout, Sample, Segment
 from echo4o.data.sources.base import Address, SourceGroup, item_seed
 
 PACKER = Packer(PackingConfig(bos_token_id=1, eos_token_id=2, start_of_image=3, end_of_image=4))
@@ -32,6 +32,7 @@ class FakePlan:
     name: str
     load: FakeLoad
     segments: tuple[FakeSegment, ...] = ()
+    dropout: ConditionDropout | None = None
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from echo4o.data.errors import DataError, GridError, RowError
-from echo4o.data.sample import Sample
+from echo4o.data.sample import ConditionDropout, Sample
 from echo4o.data.tokenizer import SpecialTokens, Tokenizer
+from echo4o.data.weights import WeightSchedule
 
 __all__ = [
     "Address",
@@ -66,6 +67,7 @@ class RowPlan:
         load: decodes and transforms the images; raises RowError where one turns out to be broken.
         segments: what `load` will give, in order; dropout is seeded by the row, so that the length that remains after
             it can be told before anything is decoded.
+        dropout: probabilities of its own.
     """
 
     address: Address
@@ -75,6 +77,7 @@ class RowPlan:
     name: str
     load: Callable[[], Sample]
     segments: tuple[PlannedSegment, ...] = ()
+    dropout: ConditionDropout | None = None
 
 
 class Source(Protocol):
@@ -153,9 +156,13 @@ class SourceGroup:
     Attributes:
         name: key in the YAML.
         source: its rows.
-        weight: relative share of samples drawn from it.
+        weight: relative share of samples (or tokens) drawn from it; of a schedule, the first.
         is_mandatory: every packed batch holds at least one of its samples.
         resume_data_status: a restored stream continues this group where it stopped instead of at its beginning.
+        schedule: weights by optimiser step.
+        replay_share: share of everything that is drawn, whatever the weights of other groups are; instead of a weight.
+        weight_by: what its share is of: ``samples`` or ``tokens``.
+        subset: JSON-able account of how its rows were chosen (split, max_rows); empty where all are used.
     """
 
     name: str
@@ -163,6 +170,45 @@ class SourceGroup:
     weight: float = 0.0
     is_mandatory: bool = False
     resume_data_status: bool = True
+    schedule: WeightSchedule | None = None
+    replay_share: float | None = None
+    weight_by: str = "samples"
+    subset: Mapping[str, Any] = field(default_factory=dict)
+
+    def weight_at(self, step: int) -> float:
+        """Weight of the packs that are taken once `step` optimiser steps are done."""
+        return self.weight if self.schedule is None else self.schedule.at(step)
+
+    @property
+    def schedule_steps(self) -> tuple[int, ...]:
+        """Steps at which entries of its schedule begin."""
+        return () if self.schedule is None else self.schedule.steps
+
+    @property
+    def _weights(self) -> list[float]:
+        return [self.weight] if self.schedule is None else [entry.weight for entry in self.schedule.entries]
+
+    @property
+    def lowest_weight(self) -> float:
+        return min(self._weights)
+
+    @property
+    def can_be_drawn(self) -> bool:
+        """By its weight, at some step, or its replay_share; mandatory rows come in any case."""
+        return max(self._weights) > 0 if self.replay_share is None else self.replay_share > 0
+
+    @property
+    def drawn_by_weight_alone(self) -> bool:
+        """By one weight, of samples, as in upstream."""
+        return self.schedule is None and self.replay_share is None and self.weight_by == "samples"
+
+    def describe_share(self) -> str:
+        """Such as ``weight 4``, ``weight 4, 1 from step 1000 by tokens``, ``a share of 0.1``."""
+        if self.replay_share is not None:
+            share = f"a share of {self.replay_share:g}"
+        else:
+            share = f"weight {self.weight:g}" if self.schedule is None else f"weight {self.schedule}"
+        return share + " by tokens" * (self.weight_by == "tokens")
 
 
 def item_seed(data_seed: int, epoch: int, source: str, row: int) -> int:
