@@ -137,7 +137,10 @@ def mcnemar(better: int, worse: int) -> float:
     n, k = better + worse, min(better, worse)
     if n == 0:
         return 1.0
-    tail = sum(math.comb(n, i) for i in range(k + 1))  # in whole numbers: exact for any n
+    tail, ways = 0, 1  # in whole numbers: exact for any n
+    for i in range(k + 1):
+        tail += ways
+        ways = ways * (n - i) // (i + 1)
     return min(1.0, 2 * tail / 2**n)
 
 

@@ -23,7 +23,7 @@ ANSWERS = {
 
 _ASKS = {
     "consistency": (
-        "consistency: is everything that the instruction does not change as it was: objects, background, style, layout? "
+        "consistency: is everything that the instruction does not change as it was: objects, background, style? "
         "1: hardly anything. 2: large parts are not. 3: noticeable changes. 4: small ones. 5: all of it."
     ),
     "quality": (
@@ -35,7 +35,7 @@ _ASKS = {
         "faults. 5: exactly and completely."
     ),
     "knowledge": (
-        "knowledge: does the result agree with the facts and laws that the edit calls for, as the explanation has them? "
+        "knowledge: does the result agree with the facts and laws that the edit calls for, as the explanation says? "
         "1: against them. 2: mostly wrong. 3: in part right. 4: right but for details. 5: fully right."
     ),
 }
