@@ -13,7 +13,7 @@ from math import cos, pi, sin
 from echo4o.evaluate.report.numbers import Scale
 from echo4o.evaluate.scores import Interval
 
-_RADAR_WIDTH, _RADAR_HEIGHT, _RADIUS = 460, 380, 130
+_RADAR_WIDTH, _RADAR_HEIGHT, _RADIUS = 440, 350, 130
 _RINGS = 5
 
 

@@ -49,13 +49,18 @@ def model_name(result: Result) -> str:
 
 
 def warnings(runs: Sequence[Run]) -> list[tuple[str, bool]]:
-    """Sentences for the top of a report, and whether each says that a number is not final or not whole."""
-    found = []
+    """Sentences for the top of a report, and whether each says that a number is not final or not whole.
+
+    What holds of several results is said once.
+    """
+    found: dict[tuple[str, bool], list[str]] = {}
     for run in runs:
         for result in run.results.values():
             where = result.benchmark.title + (f" of {run.name}" if len(runs) > 1 else "")
-            found += [(f"{where}: {words}", grave) for words, grave in _warnings(result)]
-    return found
+            for warning in _warnings(result):
+                found.setdefault(warning, []).append(where)
+    ordered = sorted(found.items(), key=lambda pair: not pair[0][1])
+    return [(f"{', '.join(places)}: {words}", grave) for (words, grave), places in ordered]
 
 
 def _warnings(result: Result) -> Iterator[tuple[str, bool]]:
@@ -74,7 +79,10 @@ def _warnings(result: Result) -> Iterator[tuple[str, bool]]:
             True,
         )
     if missing := statuses["missing_image"]:
-        yield f"{missing} of {counted(total, 'item')} without a picture.", True
+        yield (
+            f"{missing} of {counted(total, 'item')} without a picture; the strict score counts them as the lowest.",
+            True,
+        )
     official = benchmark.num_items
     if official and total != official:
         yield f"{total} items instead of the official {official}; not comparable with published scores.", True
@@ -82,8 +90,8 @@ def _warnings(result: Result) -> Iterator[tuple[str, bool]]:
         yield f"judged by more than one judge ({', '.join(result.judges)}).", True
     if benchmark.judge and result.judges and benchmark.judge not in result.judges and benchmark.published_rows:
         yield (
-            f"judged by {', '.join(result.judges)}; the published scores were judged by {benchmark.judge}. Compare "
-            "runs of one judge.",
+            f"judged by {', '.join(result.judges)}, the published scores by {benchmark.judge}; only runs of one judge "
+            "compare well.",
             False,
         )
 

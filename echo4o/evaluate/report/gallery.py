@@ -158,7 +158,7 @@ def _card(
     if card.change is not None:
         data += f' data-change="{card.change:.4f}"'
         direction = "up" if card.change > 0 else "down" if card.change < 0 else ""
-        change = f'<span class="change {direction}">{scale.difference(card.change)}</span>'
+        change = f'<span class="change {direction}">change {scale.difference(card.change)}</span>'
     tag = f'<span class="chip">{escape(item.tag)}</span>' if item.tag else ""
     jump = f'<i id="{tag_anchor}"></i>' if tag_anchor else ""
     references = "".join(
@@ -188,7 +188,8 @@ def _side(entry: Entry, run: str, pictures: Pictures, scale: Scale) -> str:
         _figure(pictures.html(path, f"{entry.item.prompt}{of_run}"), f"picture {number}" if many else "")
         for number, path in enumerate(entry.images, start=1)
     )
-    return f'<div class="pictures">{figures}</div><div class="verdict">{_score(entry, scale)}{_reasons(entry)}</div>'
+    verdict = f'<div class="verdict">{_score(entry, scale)}{_reasons(entry)}</div>'
+    return f'<div class="made"><div class="pictures">{figures}</div>{verdict}</div>'
 
 
 def _figure(picture: str, caption: str) -> str:
@@ -221,8 +222,9 @@ def _words(name: str) -> str:
 
 
 def _reasons(entry: Entry) -> str:
-    blocks = [_reason(judgement, len(entry.judgements) > 1) for judgement in entry.judgements]
-    return "".join(blocks)
+    # The box in place of a picture says already that it is missing.
+    told = [judgement for judgement in entry.judgements if judgement.status != "missing_image"]
+    return "".join(_reason(judgement, len(told) > 1) for judgement in told)
 
 
 def _reason(judgement: Judgement, named: bool) -> str:

@@ -9,7 +9,7 @@ from echo4o.evaluate.report.compare import TESTS, Compared, Difference
 from echo4o.evaluate.report.facts import HOW_TO_READ, model_name, warnings
 from echo4o.evaluate.report.numbers import NONE, Scale, p_text, scale_of, status_words
 from echo4o.evaluate.report.reading import Result, Run
-from echo4o.evaluate.report.tables import benchmarks_of
+from echo4o.evaluate.report.tables import benchmarks_of, published_text
 from echo4o.evaluate.scores import Interval
 
 
@@ -66,8 +66,8 @@ def _published(runs: Sequence[Run], benchmarks: Sequence[Benchmark]) -> str:
             cells.append(result.scale.text(result.totals.published) if result else NONE)
         rows.append([f"**{_plain(run.name)}**", *cells])
     for model in models:
-        scores = [benchmark.published_rows.get(model) for benchmark in benchmarks]
-        rows.append([f"{model} (published)", *(NONE if score is None else f"{score:g}" for score in scores)])
+        scores = [published_text(benchmark, benchmark.published_rows.get(model)) for benchmark in benchmarks]
+        rows.append([f"{_plain(model)} (published)", *scores])
     return table(["model", *(benchmark.title for benchmark in benchmarks)], rows, escaped=False)
 
 

@@ -37,7 +37,7 @@ class Scale:
         if value is None or not isfinite(value):
             return NONE
         text = f"{value:+.{self.decimals}f}".replace("-", "−")
-        return text if any(digit in text for digit in "123456789") else "0"
+        return text if any(digit in text for digit in "123456789") else text[1:]
 
     def interval(self, interval: Interval | None) -> str:
         """``0.312–0.455``; a dash for None."""

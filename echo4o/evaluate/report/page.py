@@ -39,7 +39,7 @@ def page_html(
     pictures = Pictures(picture_sides(runs), folder, embed=embed)
     benchmarks = tables.benchmarks_of(runs)
     title = page_title(runs)
-    summary = f'{_warnings(runs)}<div class="panel">{tables.summary(runs)}</div>'
+    summary = f'<div class="panel">{tables.summary(runs)}</div>{_warnings(runs)}'
     sections = [
         f'<section id="summary"><h2>Summary</h2>{summary}</section>',
         f'<section id="published"><h2>Beside published scores</h2>{tables.beside_published(runs)}</section>',
@@ -112,8 +112,11 @@ def _subtitle(runs: Sequence[Run]) -> str:
 
 
 def _warnings(runs: Sequence[Run]) -> str:
-    found = warnings(runs)
-    return "".join(f'<p class="note{" bad" if grave else ""}">{escape(words)}</p>' for words, grave in found)
+    found, boxes = warnings(runs), []
+    for grave, kind in ((True, "note bad"), (False, "note")):
+        lines = "".join(f"<li>{escape(words)}</li>" for words, is_grave in found if is_grave == grave)
+        boxes.append(f'<div class="{kind}"><ul>{lines}</ul></div>' if lines else "")
+    return "".join(boxes)
 
 
 def _benchmark(
@@ -123,8 +126,11 @@ def _benchmark(
     pictures: Pictures,
 ) -> str:
     anchor, scale = tables.anchor_of(benchmark), scale_of(benchmark.scale)
-    present = [run.results[benchmark.name] for run in runs if benchmark.name in run.results]
-    notes = dict.fromkeys([*(note for result in present for note in result.totals.notes), *benchmark.caveats])
+    notes = [*benchmark.caveats]
+    for run in runs:
+        of_run = f"{run.name}: " if len(runs) > 1 else ""
+        found = run.results[benchmark.name].totals.notes if benchmark.name in run.results else ()
+        notes += [f"{of_run}{note}." if note[-1:].isalnum() else f"{of_run}{note}" for note in found]
     parts = [f"<h2>{escape(benchmark.title)}</h2>"]
     if notes:
         parts.append(f'<ul class="soft">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>')

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echo4o.evaluate.benchmark import Aggregates, Benchmark, Item, ItemScore, Judgement, find_image
+from echo4o.evaluate.benchmark import FAILURES, Aggregates, Benchmark, Item, ItemScore, Judgement, find_image
 from echo4o.evaluate.benchmarks import benchmark as benchmark_called
+from echo4o.evaluate.journal import JournalError, read_judgements
 from echo4o.evaluate.report.numbers import Scale, scale_of
 from echo4o.evaluate.scores import Interval, bootstrap
 
@@ -42,6 +43,7 @@ class Result:
     Attributes:
         published, strict: 95 % intervals of the total and by tag.
         facts: ``run.json``.
+        usage: tokens of all calls to the judge, also of those whose answers were replaced by later ones.
     """
 
     benchmark: Benchmark
@@ -50,6 +52,7 @@ class Result:
     published: tuple[Interval | None, Mapping[str, Interval]]
     strict: tuple[Interval | None, Mapping[str, Interval]]
     facts: Mapping[str, Any]
+    usage: Mapping[str, int]
 
     @property
     def scores(self) -> list[ItemScore]:
@@ -67,8 +70,9 @@ class Result:
 
     @property
     def statuses(self) -> Counter[str]:
-        """Items by status."""
-        return Counter(entry.score.status for entry in self.entries)
+        """Items by status, those that are ok first."""
+        found = Counter(entry.score.status for entry in self.entries)
+        return Counter({name: found[name] for name in ("ok", *FAILURES) if found[name]})
 
     @property
     def num_open(self) -> int:
@@ -79,14 +83,6 @@ class Result:
     def judges(self) -> list[str]:
         names = Counter(j.judge for entry in self.entries for j in entry.judgements if j.judge)
         return [name for name, _ in names.most_common()]
-
-    @property
-    def usage(self) -> Counter[str]:
-        """Tokens of the judge and seconds spent on it, all together."""
-        found: Counter[str] = Counter()
-        for judgement in (j for entry in self.entries for j in entry.judgements):
-            found.update({key: int(count) for key, count in judgement.usage.items() if isinstance(count, int)})
-        return found
 
 
 @dataclass(frozen=True)
@@ -141,7 +137,7 @@ def _result(folder: Path) -> Result:
     except (ValueError, TypeError) as error:
         raise ReportError(f"{folder}: {error}") from error
     items = [_item(row, folder / ITEMS, number) for number, row in _lines(folder / ITEMS)]
-    judgements = _judgements(folder)
+    judgements, usage = _judgements(folder)
     scores = _scores(benchmark, items, judgements, folder)
     entries = tuple(
         Entry(
@@ -153,7 +149,7 @@ def _result(folder: Path) -> Result:
         for item, score in zip(items, scores, strict=True)
     )
     published, strict = bootstrap(benchmark, scores, "published"), bootstrap(benchmark, scores, "strict")
-    return Result(benchmark, entries, benchmark.aggregate(scores), published, strict, facts)
+    return Result(benchmark, entries, benchmark.aggregate(scores), published, strict, facts, usage)
 
 
 def _scores(
@@ -170,17 +166,19 @@ def _scores(
     return [known.get(i.id) or ItemScore(i.id, i.tag, None, lowest, status="not_judged") for i in items]
 
 
-def _judgements(folder: Path) -> dict[str, dict[str, Judgement]]:
-    """Item → question → its latest judgement."""
+def _judgements(folder: Path) -> tuple[dict[str, dict[str, Judgement]], Counter[str]]:
+    """Item → question → its latest judgement; tokens of all."""
     found: dict[str, dict[str, Judgement]] = {}
-    path = folder / JUDGEMENTS
-    for number, row in _lines(path) if path.is_file() else ():
-        try:
-            judgement = Judgement(**{key: row[key] for key in Judgement.__dataclass_fields__ if key in row})
-        except TypeError as error:
-            raise ReportError(f"{path}, line {number}: no judgement ({error})") from error
-        found.setdefault(judgement.item, {})[judgement.question] = judgement
-    return found
+    usage: Counter[str] = Counter()
+    try:
+        known = read_judgements(folder / JUDGEMENTS)
+    except JournalError as error:
+        raise ReportError(str(error)) from error
+    for (item, question), every in known.items():
+        found.setdefault(item, {})[question] = every[-1]
+        for judgement in every:
+            usage.update({name: count for name, count in judgement.usage.items() if isinstance(count, int)})
+    return found, usage
 
 
 def _item(row: Mapping[str, Any], path: Path, number: int) -> Item:

@@ -73,6 +73,7 @@ thead th {
 }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 td.n small { display: block }
+td.n + td:not(.n), th.n + th:not(.n) { padding-left: .9rem }
 td.wide { min-width: 11rem; width: 38% }
 tr.total > * { font-weight: 600 }
 tr.total small { font-weight: 400 }
@@ -108,6 +109,10 @@ svg.radar { display: block; width: 100%; max-width: 520px; margin: 0 auto }
   font-size: .92em;
 }
 .key li { display: flex; align-items: center; gap: .4rem }
+.panel > :first-child, .panel > :first-child > h3:first-child { margin-top: 0 }
+.radars { grid-column: 1 / -1; display: grid; gap: 1rem 2rem; align-items: center }
+.radars > * { min-width: 0 }
+@media (min-width: 800px) { .radars { grid-template-columns: 1fr 1fr } }
 .beside {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 0 1.1rem;
   align-items: start;
@@ -127,15 +132,16 @@ code {
 .filters label { display: grid; font-size: .84em; color: var(--soft); gap: .15rem }
 .filters select, .filters input, button {
   font: inherit; font-size: .95rem; color: var(--ink); background: var(--card); border: 1px solid var(--rule);
-  border-radius: 7px; padding: .4rem .55rem; max-width: 100%;
+  border-radius: 7px; padding: 0 .55rem; height: 2.4rem; max-width: 100%;
 }
+.filters select { max-width: 14rem }
 .filters input { min-width: 13rem }
-button { cursor: pointer; padding: .4rem .9rem }
+button { cursor: pointer; padding: 0 .9rem }
 button:hover { background: var(--fill) }
 .filters output { margin-left: auto; color: var(--soft); padding: .4rem 0 }
 .more { text-align: center; margin: 1rem 0 }
 html:not(.js) .filters, html:not(.js) .more, [hidden] { display: none !important }
-.items { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)) }
+.items { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17.6rem), 1fr)) }
 .items.several { grid-template-columns: 1fr }
 .item {
   background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: .85rem 1rem; min-width: 0;
@@ -158,7 +164,13 @@ img.pixels { image-rendering: pixelated }
   display: grid; place-content: center; text-align: center; gap: .2rem; width: 256px; max-width: 100%;
   min-height: 128px; padding: .6rem; border: 1px dashed var(--bad); border-radius: 5px; color: var(--bad);
 }
-.refs { margin-bottom: .7rem }
+.refs { margin-bottom: .7rem; gap: .45rem }
+.refs figure { flex: 0 1 30%; max-width: 128px }
+.several .refs figure { flex-basis: 128px }
+@media (min-width: 900px) {
+  .several .made { display: grid; grid-template-columns: minmax(0, 256px) minmax(9rem, 1fr); gap: 1rem }
+  .several .verdict { margin-top: 0 }
+}
 .refs .nopic { width: 128px; min-height: 96px }
 .nopic small { overflow-wrap: anywhere }
 .sides { display: grid; gap: 1.1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)) }
@@ -185,8 +197,10 @@ footer {
   .filters label { flex: 1 1 9rem }
   .filters input, .filters select { width: 100%; min-width: 0 }
   .stack thead { position: absolute; left: -99rem }
+  .sides { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem }
+  .zero { display: none }
   .stack tr {
-    display: grid; grid-template-columns: 1fr auto auto; gap: 0 .9rem; padding: .45rem 0;
+    display: grid; grid-template-columns: 1fr 1fr 1fr; gap: 0 .9rem; padding: .45rem 0;
     border-bottom: 1px solid var(--rule);
   }
   .stack tr > * { border: 0; padding: .1rem 0 }

@@ -109,9 +109,40 @@ def _radar(runs: Sequence[Run], benchmarks: Sequence[Benchmark]) -> str:
             series.append(charts.Series(run.name, shares, f"run-{number % 6}"))
     if not series:
         return ""
-    axes = [(b.title, f"rim: {scale_of(b.scale).high:g}") for b in benchmarks]
+    axes = [(b.title, f"{scale_of(b.scale).low:g} … {scale_of(b.scale).high:g}") for b in benchmarks]
     drawn = charts.key([(one.name, one.colour) for one in series])
-    return f'<div class="panel"><h3>All benchmarks</h3>{charts.radar(axes, series)}{drawn}</div>'
+    return (
+        f'<div class="panel radars"><div><h3>All benchmarks</h3>{charts.radar(axes, series)}{drawn}</div>'
+        f"{_all_rows(runs, benchmarks)}</div>"
+    )
+
+
+def _all_rows(runs: Sequence[Run], benchmarks: Sequence[Benchmark]) -> str:
+    """Runs and published models by benchmark, as numbers."""
+    rows = []
+    for number, run in enumerate(runs):
+        totals = [run.results[b.name].totals.published if b.name in run.results else None for b in benchmarks]
+        cells = "".join(
+            f'<td class="n">{scale_of(b.scale).text(t)}</td>' for b, t in zip(benchmarks, totals, strict=True)
+        )
+        rows.append(f'<tr class="own"><th scope="row">{run_name(runs, number)}</th>{cells}</tr>')
+    for model in dict.fromkeys(model for benchmark in benchmarks for model in benchmark.published_rows):
+        cells = "".join(f'<td class="n">{published_text(b, b.published_rows.get(model))}</td>' for b in benchmarks)
+        rows.append(f'<tr><th scope="row">{escape(model)}</th>{cells}</tr>')
+    head = "".join(f'<th scope="col" class="n">{escape(benchmark.title)}</th>' for benchmark in benchmarks)
+    caption = "Published formula. Below the runs: published scores, other judge or seeds."
+    return (
+        f'<div class="scroll"><table class="rank"><caption>{caption}</caption><thead><tr><th scope="col">model</th>'
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def published_text(benchmark: Benchmark, score: float | None) -> str:
+    """A published score with the decimals that the most exact one of its benchmark has."""
+    if score is None:
+        return NONE
+    decimals = max(len(f"{value:g}".partition(".")[2]) for value in benchmark.published_rows.values())
+    return f"{score:.{decimals}f}"
 
 
 def _ranking(runs: Sequence[Run], benchmark: Benchmark) -> str:
@@ -121,7 +152,7 @@ def _ranking(runs: Sequence[Run], benchmark: Benchmark) -> str:
         cells = (
             f'<th scope="row">{escape(model)}</th><td class="wide">{charts.bar(score, None, scale, colour="published")}'
         )
-        rows.append((score, f'<tr>{cells}</td><td class="n">{score:g}</td></tr>'))
+        rows.append((score, f'<tr>{cells}</td><td class="n">{published_text(benchmark, score)}</td></tr>'))
     for number, run in enumerate(runs):
         result = run.results.get(benchmark.name)
         if result is None or result.totals.published is None:
@@ -184,10 +215,15 @@ def _tag_rows(
             + score_cell(score.published, ends[0], scale, FORMULA)
             + score_cell(score.strict, ends[1], scale, STRICT)
             + f'<td class="n" data-name="items">{count}</td>'
-            + f'<td class="n" data-name="no image">{score.missing}</td>'
-            + f'<td class="n" data-name="not judged">{score.failed}</td></tr>'
+            + _count("no image", score.missing)
+            + _count("not judged", score.failed)
+            + "</tr>"
         )
     return "".join(rows)
+
+
+def _count(name: str, number: int) -> str:
+    return f'<td class="n{"" if number else " zero"}" data-name="{name}">{number}</td>'
 
 
 def others(runs: Sequence[Run], benchmark: Benchmark) -> str:
