@@ -19,6 +19,7 @@ from echo4o.data.images import printable
 #: No image file is smaller than this in base64; a shorter text is a path.
 _MIN_BASE64 = 48
 _MAX_PATH = 4096
+_MAX_KNOWN_FOLDERS = 1 << 16
 
 
 class NameIndex:
@@ -92,6 +93,7 @@ class ImageFinder:
         self._member_of: list[tuple[int, int]] = []
         self._remote_index: NameIndex | None = None
         self._loose: tuple[list[Path], NameIndex] | None = None
+        self._known_folders: dict[tuple[Path, str], str] = {}
 
     def has(self, value: Any, folder: Path | None = None) -> bool:
         """Whether an image can be had without opening archives that are not open yet."""
@@ -166,17 +168,32 @@ class ImageFinder:
             found = self._anywhere(name, parts)
         return _plain(name, found)
 
-    @staticmethod
-    def _below(roots: Sequence[Path], parts: Sequence[str], name: str) -> tuple[int, Path | None]:
+    def _below(self, roots: Sequence[Path], parts: Sequence[str], name: str) -> tuple[int, Path | None]:
         """Components kept and the file, where one lies below a root at the name without its first components."""
         for start in range(len(parts)):
             if start and ".." in parts[start:]:
                 break
+            if start or name.startswith("/"):
+                above, base = "/".join(parts[start:-1]), parts[-1]
+            else:
+                above, base = os.path.split(name)
             for root in roots:
-                path = root / name if not start and not name.startswith("/") else root.joinpath(*parts[start:])
-                if _is_file(path):
-                    return len(parts) - start, path
+                folder = self._folder_below(root, above)
+                if folder and os.path.isfile(path := os.path.join(folder, base)):
+                    return len(parts) - start, Path(path)
         return 0, None
+
+    def _folder_below(self, root: Path, above: str) -> str:
+        """The folder, or "" if there is none: remembered, since looking in vain takes as long as finding."""
+        key = (root, above)
+        known = self._known_folders.get(key)
+        if known is None:
+            folder = os.path.join(root, above)
+            known = folder if os.path.isdir(folder) else ""
+            if len(self._known_folders) >= _MAX_KNOWN_FOLDERS:
+                self._known_folders.clear()
+            self._known_folders[key] = known
+        return known
 
     def _in_archives(self, parts: Sequence[str]) -> tuple[int, list[int]]:
         if not self._archives:
