@@ -1,10 +1,10 @@
 """Which group the next row comes from: by weights or fixed shares, of the samples or of the tokens, at a step.
 
-By samples (upstream's way) every draw is independent: a hash of (data_seed, consumer, number of the draw) falls into the
-share of a group. By tokens, each group has an account: every row drawn is charged to its group and credited to all groups
-by their shares, so that an account tells how many tokens the group lies behind its share. A group is drawn with a
-probability proportional to how far it lies behind, looking one longest row ahead. A group that is ahead by more is not
-drawn, so that after T tokens each of k groups is within 2 · k longest rows of its share of T.
+By samples (upstream's way) every draw is independent: a hash of (data_seed, consumer, number of the draw) falls into
+the share of a group. By tokens, each group has an account: every row drawn is charged to its group and credited to all
+groups by their shares, so that an account tells how many tokens the group lies behind its share. A group is drawn with
+a probability proportional to how far it lies behind, looking one longest row ahead. A group that is ahead by more is
+not drawn, so that after T tokens each of k groups is within 2 · k longest rows of its share of T.
 
 Groups that count samples beside groups that count tokens have one account together: the tokens that the others leave.
 """
@@ -184,7 +184,8 @@ def merged_balances(states: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, 
 
 def _at(place: float, sizes: Mapping[str, float]) -> str:
     """The name at `place` of a line of pieces with these sizes."""
-    for name, end in zip(sizes, accumulate(sizes.values()), strict=True):
+    names = list(sizes)
+    for name, end in zip(names, accumulate(sizes.values()), strict=True):
         if place < end:
             return name
-    return next(reversed(sizes))
+    return names[-1]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ from echo4o.data.sources.edit import EditPlanner
 from echo4o.data.sources.multi_ref import MultiRefOptions, MultiRefPlanner
 from echo4o.data.sources.node_cache import NodeCache
 from echo4o.data.sources.rows import DataSet, GroupRows, RowPlanner
-from echo4o.data.sources.settings import boolean, check_type, share, whole, wrong
+from echo4o.data.sources.settings import boolean, check_key, check_type, whole, wrong
+from echo4o.data.sources.shares import DROPOUT_KEYS, SHARE_KEYS, read_dropout, read_share, read_weight_by
 from echo4o.data.sources.stores import ENTRY_KEYS, FORMAT_KEYS, StoreOpener
+from echo4o.data.sources.subset import SUBSET_KEYS, Subset, check_splits
 from echo4o.data.sources.t2i import T2IPlanner
 from echo4o.data.sources.video import FrameSampler
 from echo4o.data.sources.vlm import VlmPlanner
@@ -34,7 +35,9 @@ _GROUP_KEYS = [
     "type",
     "dataset_names",
     "num_used_data",
-    "weight",
+    *SHARE_KEYS,
+    *DROPOUT_KEYS,
+    *SUBSET_KEYS,
     "is_mandatory",
     "image_transform_args",
     "vit_image_transform_args",
@@ -65,7 +68,7 @@ def build_sources(dataset_config: Mapping[str, Any], context: SourceContext) -> 
     """Every group of a dataset config, in its order.
 
     Args:
-        dataset_config: group → settings, as upstream's YAML; ``dataset_info`` may stand in it.
+        dataset_config: group → settings, as upstream's YAML; ``dataset_info`` and ``weight_by`` may stand in it.
         context: model limits, tokenizer, seed, and where paths start.
 
     Raises:
@@ -73,14 +76,17 @@ def build_sources(dataset_config: Mapping[str, Any], context: SourceContext) -> 
     """
     settings = dict(dataset_config)
     info, info_dir = _dataset_info(settings.pop("dataset_info", None), context)
+    weight_by = read_weight_by(settings.pop("weight_by", "samples"), "weight_by")
     if not settings:
         raise DataError(f"the dataset config has no groups; known: {', '.join(KINDS)}")
-    groups, cache = [], NodeCache(context.cache_dir) if context.cache_dir else None
+    built, cache = [], NodeCache(context.cache_dir) if context.cache_dir else None
     for name, group in settings.items():
         if not isinstance(group, Mapping):
+            check_key(name, (*KINDS, "dataset_info", "weight_by"), f"{name!r} in the dataset config")
             raise DataError(f"{name} in the dataset config must be a mapping with dataset_names, weight, …")
-        groups.append(_GroupBuilder(str(name), group, info, info_dir, context, cache).build())
-    return groups
+        built.append(_GroupBuilder(str(name), group, info, info_dir, context, cache, weight_by).build())
+    check_splits([(subset, files) for _, subset, files in built])
+    return [group for group, _, _ in built]
 
 
 @dataclass(frozen=True)
@@ -91,14 +97,16 @@ class _GroupBuilder:
     info_dir: Path
     context: SourceContext
     cache: NodeCache | None
+    weight_by: str
 
-    def build(self) -> SourceGroup:
+    def build(self) -> tuple[SourceGroup, Subset, set[str]]:
+        """The group, how its rows are chosen, and the files they are chosen from."""
         kind = self.settings.get("type", self.name)
-        _check_key(kind, KINDS, f"kind of data {kind!r} of group {self.name!r} in the dataset config")
+        check_key(kind, KINDS, f"kind of data {kind!r} of group {self.name!r} in the dataset config")
         allowed = [*_GROUP_KEYS, *_MULTI_REF_KEYS] if kind == "multi_ref" else _GROUP_KEYS
         for key in self.settings:
-            _check_key(key, allowed, f"{self.name}.{key} in the dataset config")
-        planner = self._planner(kind)
+            check_key(key, allowed, f"{self.name}.{key} in the dataset config")
+        planner, dropout = self._planner(kind), read_dropout(self.name, self.settings)
         names = self.settings.get("dataset_names")
         if not names or not isinstance(names, list):
             raise DataError(f"{self.name} needs dataset_names: a list of entries of dataset_info")
@@ -106,16 +114,21 @@ class _GroupBuilder:
             self._data_set(kind, str(name), num_used, planner.columns)
             for name, num_used in zip(names, self._num_used(len(names)), strict=True)
         ]
+        subset = Subset.read(self.name, self.settings, len(names))
+        files = {str(file) for part in data_sets for file in getattr(part.store, "files", ())}
+        data_sets = subset.of(data_sets, planner.columns)
         pixel_limit = self.settings.get("image_pixel_limit", DEFAULT_PIXEL_LIMIT)
         pixel_limit = whole(pixel_limit, f"{self.name}.image_pixel_limit")
-        rows = GroupRows(self.name, data_sets, planner, self.context.data_seed, pixel_limit)
-        return SourceGroup(
+        rows = GroupRows(self.name, data_sets, planner, self.context.data_seed, pixel_limit, dropout)
+        group = SourceGroup(
             self.name,
             rows,
-            share(self.settings.get("weight", 0.0), f"{self.name}.weight"),
+            **read_share(self.name, self.settings, self.weight_by),
+            subset=subset.describe(),
             is_mandatory=self._boolean("is_mandatory", False),
             resume_data_status=self._boolean("resume_data_status", True),
         )
+        return group, subset, files
 
     def _boolean(self, key: str, default: bool) -> bool:
         return boolean(self.settings.get(key, default), f"{self.name}.{key}")
@@ -181,13 +194,13 @@ class _GroupBuilder:
                 f"dataset_info has no group {self.name!r} (it has: {', '.join(map(str, self.info)) or 'nothing'}).\n"
                 f"  Add to the dataset YAML:  dataset_info: {{{self.name}: {{{name}: {{data_dir: …}}}}}}"
             )
-        _check_key(name, group, f"data set {name!r} of dataset_info.{self.name}")
+        check_key(name, group, f"data set {name!r} of dataset_info.{self.name}")
         entry = group[name]
         place = f"dataset_info.{self.name}.{name}"
         if not isinstance(entry, Mapping):
             raise DataError(f"{place} must be a mapping with data_dir, jsonl_path, or format and path, not {entry!r}")
         for key in entry:
-            _check_key(key, (*ENTRY_KEYS, *FORMAT_KEYS), f"{place}.{key}")
+            check_key(key, (*ENTRY_KEYS, *FORMAT_KEYS), f"{place}.{key}")
         store, image_folder = self._opener().open(place, entry, num_used, columns)
         _log.info("%s: %d rows in %d files", place, len(store), len(set(store.files)))  # type: ignore[attr-defined]
         return DataSet(name, store, image_folder)
@@ -238,7 +251,7 @@ def _build(cls: type, values: Mapping[str, Any], place: str) -> Any:
     """A dataclass from YAML values, refusing unknown, missing and wrong ones."""
     fields = dataclasses.fields(cls)
     for key in values:
-        _check_key(key, [field.name for field in fields], f"{place}.{key}")
+        check_key(key, [field.name for field in fields], f"{place}.{key}")
     for field in fields:
         if field.name in values:
             check_type(values[field.name], str(field.type), f"{place}.{field.name}")
@@ -249,11 +262,3 @@ def _build(cls: type, values: Mapping[str, Any], place: str) -> Any:
         return cls(**values)
     except (TypeError, ValueError, DataError) as error:
         raise DataError(f"{place}: {error}") from error
-
-
-def _check_key(key: Any, known: Iterable[str], what: str) -> None:
-    names = [str(name) for name in known]
-    if key in names:
-        return
-    close = difflib.get_close_matches(str(key), names, n=1)
-    raise DataError(f"unknown {what}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"))

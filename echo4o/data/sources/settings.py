@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from echo4o.data.errors import DataError
@@ -22,6 +24,14 @@ def share(value: Any, place: str) -> float:
     if value < 0:
         raise DataError(f"{place} must not be negative: {value}")
     return float(value)
+
+
+def probability(value: Any, place: str) -> float:
+    """A number from 0 to 1. Raises DataError for anything else."""
+    number = share(value, place)
+    if number > 1:
+        raise DataError(f"{place} in the dataset config is {number:g}; it lies between 0 and 1")
+    return number
 
 
 def boolean(value: Any, place: str) -> bool:
@@ -45,6 +55,15 @@ def check_type(value: Any, annotation: str, place: str) -> None:
     kind, expected = kinds[names[0]]
     if type(value) is not kind:
         raise wrong(value, place, expected)
+
+
+def check_key(key: Any, known: Iterable[str], what: str) -> None:
+    """Raises DataError, naming the nearest known key, unless a key is known."""
+    names = [str(name) for name in known]
+    if key in names:
+        return
+    close = difflib.get_close_matches(str(key), names, n=1)
+    raise DataError(f"unknown {what}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"))
 
 
 def wrong(value: Any, place: str, expected: str) -> DataError:
