@@ -13,8 +13,9 @@ from math import cos, pi, sin
 from echo4o.evaluate.report.numbers import Scale
 from echo4o.evaluate.scores import Interval
 
-_RADAR_WIDTH, _RADAR_HEIGHT, _RADIUS = 440, 350, 130
-_RINGS = 5
+_RADIUS, _RINGS = 130, 5
+#: Width of a letter of the radar's labels, about; room around the chart.
+_LETTER, _MARGIN = 7.6, 8
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,18 @@ def radar(axes: Sequence[tuple[str, str]], series: Sequence[Series]) -> str:
     parts = [f"<title>{escape(f'Share of the full score. {words}')}</title>"]
     for ring in range(1, _RINGS + 1):
         parts.append(_polygon([ring / _RINGS] * len(axes), "ring"))
+    left, top, right, bottom = 0.0, 0.0, 0.0, 0.0
     for number, (name, rim) in enumerate(axes):
         x, y = _point(number, len(axes), 1.0)
         parts.append(f'<line class="ring" x1="0" y1="0" x2="{x:.1f}" y2="{y:.1f}"/>')
-        x, y = _point(number, len(axes), 1.12)
-        anchor = "middle" if abs(x) < 10 else "start" if x > 0 else "end"
-        y += -6 if y < -100 else 10 if y > 60 else 0
+        # Labels stand beside the chart at its sides, and above or below their points elsewhere.
+        beside = abs(x) > 0.9 * _RADIUS
+        x, y = x * 1.08, y * 1.08 + (0 if beside else -22 if y < 0 else 16)
+        anchor = "middle" if not beside else "start" if x > 0 else "end"
+        width = _LETTER * max(len(name), len(rim))
+        start = x - width / 2 if not beside else x if x > 0 else x - width
+        left, right = min(left, start), max(right, start + width)
+        top, bottom = min(top, y - 14), max(bottom, y + 18)
         parts.append(
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(name)}'
             f'<tspan class="rim" x="{x:.1f}" dy="15">{escape(rim)}</tspan></text>'
@@ -99,7 +106,8 @@ def radar(axes: Sequence[tuple[str, str]], series: Sequence[Series]) -> str:
         for number, share in enumerate(one.shares):
             x, y = _point(number, len(axes), share)
             parts.append(f'<circle class="dot {one.colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>')
-    box = f"{-_RADAR_WIDTH / 2:g} {-_RADAR_HEIGHT / 2:g} {_RADAR_WIDTH} {_RADAR_HEIGHT}"
+    width, height = right - left + 2 * _MARGIN, bottom - top + 2 * _MARGIN
+    box = f"{left - _MARGIN:.0f} {top - _MARGIN:.0f} {width:.0f} {height:.0f}"
     return f'<svg class="radar" viewBox="{box}" role="img">{"".join(parts)}</svg>'
 
 

@@ -11,7 +11,10 @@ from echo4o.evaluate.report.numbers import counted, status_words
 from echo4o.evaluate.report.reading import Result, Run
 
 #: Of ``run.json``; the rest follows in its own order.
-_FIRST = ("model", "fingerprint", "judge", "seed", "seeds", "settings", "started", "finished", "date", "versions")
+_FIRST = (
+    "model", "fingerprint", "dtype", "quantize", "images_from", "seed", "settings", "options", "judge",
+    "judge_served_as", "judge_server", "prompts", "num_items", "limit", "started", "finished", "versions",
+)  # fmt: skip
 _JUDGE_ONLY = ("api_error", "parse_error")
 HOW_TO_READ = (
     "Published formula: as the benchmark's own script counts, so that the number can stand beside published ones. "

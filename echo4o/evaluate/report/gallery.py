@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from echo4o.evaluate.benchmark import Item, Judgement
-from echo4o.evaluate.report.numbers import Scale, counted, status_words
+from echo4o.evaluate.report.numbers import Scale, status_words
 from echo4o.evaluate.report.pictures import Pictures
 from echo4o.evaluate.report.reading import Entry, Result
 
@@ -263,7 +263,8 @@ def _row(item: Item) -> str:
     if not fields:
         return ""
     pairs = "".join(f"<dt>{escape(str(name))}</dt><dd dir=auto>{escape(_value(v))}</dd>" for name, v in fields.items())
-    return f'<details class="row"><summary>{counted(len(fields), "more field")}</summary><dl>{pairs}</dl></details>'
+    names = escape(_words(", ".join(map(str, fields))))
+    return f'<details class="row"><summary>{names}</summary><dl>{pairs}</dl></details>'
 
 
 def _value(value: Any) -> str:

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echo4o.evaluate.benchmark import FAILURES, Aggregates, Benchmark, Item, ItemScore, Judgement, find_image
+from echo4o.evaluate.benchmark import FAILURES, Aggregates, Benchmark, Item, ItemScore, Judgement
 from echo4o.evaluate.benchmarks import benchmark as benchmark_called
-from echo4o.evaluate.journal import JournalError, read_judgements
+from echo4o.evaluate.cost import used
+from echo4o.evaluate.journal import JournalError, Key, read_judgements
 from echo4o.evaluate.report.numbers import Scale, scale_of
+from echo4o.evaluate.run_folder import RunFolder, RunFolderError
 from echo4o.evaluate.scores import Interval, bootstrap
 
-ITEMS, JUDGEMENTS, SCORES, RUN, IMAGES = "items.jsonl", "judgements.jsonl", "scores.json", "run.json", "images"
+ITEMS = "items.jsonl"
 
 
 class ReportError(ValueError):
@@ -130,60 +132,67 @@ def _results(folder: Path) -> dict[str, Result]:
 
 
 def _result(folder: Path) -> Result:
-    facts = _json_object(folder / RUN) if (folder / RUN).is_file() else {}
-    name = str(facts.get("benchmark", folder.name))
+    place = RunFolder(folder)
     try:
+        facts = place.facts()
+        name = str(facts.get("benchmark", folder.name))
         benchmark = benchmark_called(name, **facts.get("options", {}))
+        known = read_judgements(place.judgements)
+    except (RunFolderError, JournalError) as error:
+        raise ReportError(str(error)) from error
     except (ValueError, TypeError) as error:
         raise ReportError(f"{folder}: {error}") from error
     items = [_item(row, folder / ITEMS, number) for number, row in _lines(folder / ITEMS)]
-    judgements, usage = _judgements(folder)
-    scores = _scores(benchmark, items, judgements, folder)
+    if not items:
+        raise ReportError(f"{folder / ITEMS} holds no items; run the evaluation again")
+    content = _json_object(place.scores) if place.scores.is_file() else {}
+    judgements = _latest(known, facts.get("judge"))
+    if benchmark.questions(items[0]):
+        scores = [benchmark.score(item, judgements.get(item.id, {})) for item in items]
+    else:
+        scores = _scores_of_file(benchmark, items, content.get("items", []), place.scores)
     entries = tuple(
-        Entry(
-            item,
-            tuple(find_image(folder / IMAGES, benchmark.image_name(item, n)) for n in range(item.num_images)),
-            tuple(judgements.get(item.id, {}).values()),
-            score,
-        )
+        Entry(item, place.pictures(benchmark, item), tuple(judgements.get(item.id, {}).values()), score)
         for item, score in zip(items, scores, strict=True)
     )
-    published, strict = bootstrap(benchmark, scores, "published"), bootstrap(benchmark, scores, "strict")
-    return Result(benchmark, entries, benchmark.aggregate(scores), published, strict, facts, usage)
+    if content.get("cost") is not None:
+        facts["cost"] = content["cost"]
+    return Result(
+        benchmark,
+        entries,
+        benchmark.aggregate(scores),
+        bootstrap(benchmark, scores, "published"),
+        bootstrap(benchmark, scores, "strict"),
+        facts,
+        used([judgement for every in known.values() for judgement in every]),
+    )
 
 
-def _scores(
-    benchmark: Benchmark, items: Sequence[Item], judgements: Mapping[str, Mapping[str, Judgement]], folder: Path
-) -> list[ItemScore]:
-    if any(benchmark.questions(item) for item in items[:1]):
-        return [benchmark.score(item, judgements.get(item.id, {})) for item in items]
-    rows = _json_object(folder / SCORES).get("items", []) if (folder / SCORES).is_file() else []
+def _scores_of_file(benchmark: Benchmark, items: Sequence[Item], rows: Sequence[Any], path: Path) -> list[ItemScore]:
     try:
         known = {row["item"]: ItemScore(**row) for row in rows}
     except (TypeError, KeyError) as error:
-        raise ReportError(f"{folder / SCORES}: its items are no scores ({error}); evaluate again") from error
-    lowest = scale_of(benchmark.scale).low
+        raise ReportError(f"{path}: its items are no scores ({error}); read the scorer's results again") from error
+    lowest = benchmark.lowest
     return [known.get(i.id) or ItemScore(i.id, i.tag, None, lowest, status="not_judged") for i in items]
 
 
-def _judgements(folder: Path) -> tuple[dict[str, dict[str, Judgement]], Counter[str]]:
-    """Item → question → its latest judgement; tokens of all."""
+def _latest(known: Mapping[Key, Sequence[Judgement]], judge: str | None) -> dict[str, dict[str, Judgement]]:
+    """Item → question → its latest judgement by the run's judge; by any, if the run does not name one.
+
+    After a round of judging the latest line of a question is the one that counts.
+    """
     found: dict[str, dict[str, Judgement]] = {}
-    usage: Counter[str] = Counter()
-    try:
-        known = read_judgements(folder / JUDGEMENTS)
-    except JournalError as error:
-        raise ReportError(str(error)) from error
     for (item, question), every in known.items():
-        found.setdefault(item, {})[question] = every[-1]
-        for judgement in every:
-            usage.update({name: count for name, count in judgement.usage.items() if isinstance(count, int)})
-    return found, usage
+        own = [judgement for judgement in every if judge is None or judgement.judge == judge]
+        if own:
+            found.setdefault(item, {})[question] = own[-1]
+    return found
 
 
 def _item(row: Mapping[str, Any], path: Path, number: int) -> Item:
     try:
-        references = tuple(_reference(path.parent, name) for name in row.get("references", ()))
+        references = tuple(path.parent / name for name in row.get("references", ()))  # absolute ones stay
         return Item(
             id=str(row["id"]),
             prompt=str(row["prompt"]),
@@ -194,10 +203,6 @@ def _item(row: Mapping[str, Any], path: Path, number: int) -> Item:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(f"{path}, line {number}: no item ({error!r})") from error
-
-
-def _reference(folder: Path, name: str) -> Path:
-    return folder / name  # an absolute path stays as it is
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
