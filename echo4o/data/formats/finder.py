@@ -247,7 +247,10 @@ class ImageFinder:
             raise _ambiguous(name, [str(paths[place]) for place in places])
         if not places:
             where = ", ".join(map(str, (*self._folders, *(archive.label for archive in self._archives[:3]))))
-            raise RowError("image missing", detail=f"{printable(name)} is nowhere in {where or 'the working folder'}")
+            raise RowError(
+                "image missing",
+                detail=f"{printable(name)} is nowhere in {where or 'the working folder'}; say images: where they are",
+            )
         return paths[places[0]]
 
     def __getstate__(self) -> dict[str, Any]:

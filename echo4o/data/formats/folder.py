@@ -5,8 +5,9 @@ Shapes that are understood:
 1. Rows in a file: ``captions.jsonl``, ``captions.json`` or ``captions.csv`` (or ``metadata.…``) in the folder. A row
    has a text (``instruction|prompt|text|caption``), a target (``target|target_image|output_image|output|file_name``)
    and, in order, references: a list (``refs|references|input_images|…``), in CSV one cell with names between
-   semicolons, or columns ``ref1, ref2, …``. Paths start at the folder; names without a folder are also looked for in ``targets/`` and
-   ``refs/``. Without references the row is text to image. ``{"name": "text"}`` as JSON gives texts to shape 2 and 3.
+   semicolons, or columns ``ref1, ref2, …``. Paths start at the folder; names without a folder are also looked for in
+   ``targets/`` and ``refs/``. Without references the row is text to image. ``{"name": "text"}`` as JSON gives texts to
+   the other shapes.
 2. Names tell: ``targets/NAME.png`` with its text in ``captions/NAME.txt`` or ``targets/NAME.txt`` or as NAME in a
    captions file, and its references in ``refs/NAME/`` (numbered: ``1.png, 2.png``, ``ref_01.jpg, …``) or
    ``refs/NAME_1.png, refs/NAME_2.png``, or a single ``refs/NAME.png``.

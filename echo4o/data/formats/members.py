@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-import uuid
 import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -63,11 +62,11 @@ class Members:
         return lines
 
     def save(self, path: Path) -> None:
-        """Written aside and renamed; a failure is no error, since the index can be made anew."""
+        """Written aside and renamed, by one process at a time; a failure is no error: the index can be made anew."""
         rest = {"refused": self.refused, "examples": self.examples, "broken": self.broken}
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        partial = path.with_name(f".{path.name}.partial")
         try:
-            with partial.open("xb") as file:
+            with partial.open("wb") as file:
                 np.savez(
                     file,
                     names=np.frombuffer("\0".join(self.names).encode("utf-8", "surrogateescape"), np.uint8),

@@ -22,6 +22,7 @@ from echo4o.data.formats.store import Format, FormatStore, Opening
 _log = logging.getLogger(__name__)
 _ROWS = (".jsonl", ".json")
 _MIXES = (".yml", ".yaml")
+_ROW_FOLDERS = ("jsonls", "jsonl", "json")
 
 
 def open_omnigen2(opening: Opening) -> FormatStore:
@@ -38,7 +39,7 @@ def open_omnigen2(opening: Opening) -> FormatStore:
     if path.suffix.lower() not in _MIXES:
         return _leaf(opening, path)
     sources = _sources(path, 1.0, ())
-    stores = [_leaf(opening, source) for source, _ in sources]
+    stores = [_leaf(opening, source, path.parent) for source, _ in sources]
     if opening.apply_ratios:
         total = sum(len(store) for store in stores)
         whole = sum(share for _, share in sources)
@@ -99,12 +100,15 @@ def _existing(text: str, mix: Path, place: str) -> Path:
     raise DataError(f"{place}: {text} does not exist; looked for {', '.join(map(str, candidates))}")
 
 
-def _leaf(opening: Opening, path: Path) -> FormatStore:
+def _leaf(opening: Opening, path: Path, mix_folder: Path | None = None) -> FormatStore:
+    """Rows of a file or folder; images below it, beside a folder of JSONL files, or below the folder of the mix."""
     files = [path] if path.is_file() else [file for file in walk(path) if file.suffix.lower() in _ROWS]
     if not files:
         raise DataError(f"{path} holds no JSONL or JSON files")
     root = path if path.is_dir() else path.parent
-    finder = image_finder(opening, [root], [] if opening.images else archives_below(root))
+    folders = [root.parent if root.name in _ROW_FOLDERS else root, *([mix_folder] if mix_folder else [])]
+    archives = [] if opening.images else [archive for folder in folders for archive in archives_below(folder)]
+    finder = image_finder(opening, folders, archives)
     return record_store(JsonRows(files), FieldParser(finder, opening.columns))
 
 

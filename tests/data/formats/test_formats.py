@@ -8,8 +8,8 @@ import pytest
 
 from echo4o.data.errors import DataError, RowError
 from echo4o.data.formats import FORMATS, detect, format_named
-from echo4o.data.loader import PackedLoader
-from echo4o.data.mixture import MixtureConfig
+from echo4o.data.loader import LoaderConfig, PackedLoader
+from echo4o.data.packing import Packer, PackingConfig
 from echo4o.data.sources import build_sources
 from tests.data.formats import miniatures
 from tests.data.formats.miniatures import MINIATURES, num_references, reference, target, text, write
@@ -95,13 +95,11 @@ def test_trains_a_packed_batch(name, pickled, tmp_path):
     groups = build_sources(config, ctx)
     if pickled:
         groups = pickle.loads(pickle.dumps(groups))
-    limits = MixtureConfig(
-        expected_num_tokens=200, max_num_tokens=2000, max_num_tokens_per_sample=1000, prefer_buffer_before=100
-    )
-    from tests.data.fake_source import PACKER
-
-    loader = PackedLoader(groups, limits, PACKER, data_seed=1, num_workers=0)
-    batch = next(iter(loader))
+    packer = Packer(PackingConfig(1, 2, 3, 4, max_latent_size=16, vit_max_num_patch_per_side=8))
+    limits = {"expected_num_tokens": 600, "max_num_tokens": 1500, "max_num_tokens_per_sample": 700}
+    loader_config = LoaderConfig(**limits, prefer_buffer_before=300, max_buffer_size=5, num_workers=0)
+    with PackedLoader(groups, packer, loader_config) as loader:
+        batch = next(iter(loader))
     assert batch.sample_lens
 
 
@@ -122,7 +120,7 @@ def test_unpacked_archives_are_used_again(tmp_path, caplog):
     root = miniatures.echo4o_image(tmp_path)
     caplog.set_level("INFO")
     FORMATS["echo4o_image"].open(root)
-    assert sum("unpacked" in line for line in caplog.messages) == 6
+    assert sum(line.startswith("unpacked ") for line in caplog.messages) == 6
     caplog.clear()
     store = FORMATS["echo4o_image"].open(root)
     assert not caplog.messages and store.record(0).target.read() == target(0)
