@@ -152,12 +152,14 @@ class JudgeClient:
         self.dialect = Dialect()
         self.served_by: set[str] = set()
         self._openai = _library()
+        for name in ("httpx", "httpx2"):  # they tell of each request
+            if (chatty := logging.getLogger(name)).level == logging.NOTSET:
+                chatty.setLevel(logging.WARNING)
         # Without a key no header either: some servers refuse one that is made up.
-        headers = {} if key else {"Authorization": self._openai.Omit()}
+        self._headers: Any = None if key else {"Authorization": self._openai.Omit()}
         self._client = self._openai.OpenAI(
-            api_key=key or "none", base_url=options.url, timeout=options.timeout, max_retries=0,
-            default_headers=headers,  # type: ignore[arg-type]
-        )  # fmt: skip
+            api_key=key or "none", base_url=options.url, timeout=options.timeout, max_retries=0
+        )
         self._secret = _Secret(key)
 
     def ask(
@@ -181,7 +183,10 @@ class JudgeClient:
             attempts, tried = attempts + 1, tried + 1
             try:
                 response = self._client.chat.completions.create(
-                    model=self.options.model, messages=list(messages), **speech.arguments(schema, max_tokens)
+                    model=self.options.model,
+                    messages=list(messages),
+                    extra_headers=self._headers,
+                    **speech.arguments(schema, max_tokens),
                 )  # type: ignore[call-overload]
                 reply = self._reply(response, attempts)
             except (self._openai.OpenAIError, ValueError, OSError) as error:
