@@ -55,6 +55,10 @@ class DPGBench(Benchmark):
         "The script skips the first line of its questions and leaves pictures out that it cannot read.",
     )
 
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError(f"num_images is {self.num_images}; it must be at least 1")
+
     @property
     def settings(self) -> Mapping[str, Any]:
         return {"preset": "t2i", "height": 1024, "width": 1024}

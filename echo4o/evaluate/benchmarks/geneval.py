@@ -53,6 +53,10 @@ class GenEval(Benchmark):
         "BAGEL's published number uses rewritten, longer prompts; the short ones score lower.",
     )
 
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError(f"num_images is {self.num_images}; it must be at least 1")
+
     @property
     def settings(self) -> Mapping[str, Any]:
         return {"preset": "t2i", "cfg_interval": (0.0, 1.0), "height": 1024, "width": 1024}

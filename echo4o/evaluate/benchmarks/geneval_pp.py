@@ -92,6 +92,10 @@ class GenEvalPlusPlus(Benchmark):
         "The checklist names absolute parts of the picture, although the prompt may be read as relative.",
     )
 
+    def __post_init__(self) -> None:
+        if self.plurals not in ("correct", "published"):
+            raise ValueError(f"plurals is {self.plurals!r}; use correct or published")
+
     @property
     def settings(self) -> Mapping[str, Any]:
         return {"preset": "t2i", "height": 1024, "width": 1024}
