@@ -20,7 +20,9 @@ def _flag(default: Any, help: str) -> Any:
 class ModelArguments:
     """Where the model comes from, what it looks like, and how often conditions are dropped."""
 
-    model_path: str = _flag("hf/BAGEL-7B-MoT", "BAGEL folder or owner/name: configs, tokenizer and VAE with finetune_from_hf")
+    model_path: str = _flag(
+        "hf/BAGEL-7B-MoT", "BAGEL folder or owner/name: configs, tokenizer and VAE with finetune_from_hf"
+    )
     llm_path: str = _flag("hf/Qwen2.5-0.5B-Instruct/", "language model, when a BAGEL is assembled from parts")
     vae_path: str = _flag("flux/vae/ae.safetensors", "VAE weights, when a BAGEL is assembled from parts")
     vit_path: str = _flag(
@@ -64,6 +66,10 @@ class DataArguments:
     data_cache_dir: str | None = _flag(
         None, "folder on a node's own disk into which parquet files are copied on first use"
     )
+    latent_cache: str | None = _flag(
+        None, "folder of echo4o data cache: images in it are neither decoded nor encoded by the VAE again"
+    )
+    latent_cache_strict: bool = _flag(False, "stop at an image that latent_cache lacks instead of encoding it")
 
 
 @dataclass
@@ -90,7 +96,9 @@ class TrainingArguments:
     resume_data: bool = _flag(
         True, "on resume continue the data stream; False begins it anew but keeps weights, optimiser and step"
     )
-    init_from: str | None = _flag(None, "BAGEL folder, checkpoint or owner/name[@revision] of the hub that a new run starts from")
+    init_from: str | None = _flag(
+        None, "BAGEL folder, checkpoint or owner/name[@revision] of the hub that a new run starts from"
+    )
     init_weights: str = _flag(
         "auto", "which weights of init_from: auto (EMA if there), ema, model, or random (its architecture only)"
     )
@@ -187,6 +195,8 @@ OWN_FLAGS = frozenset(
         "dataset_info",
         "max_bad_row_share",
         "data_cache_dir",
+        "latent_cache",
+        "latent_cache_strict",
         "wandb",
         "tensorboard",
         "resume_data",

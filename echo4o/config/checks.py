@@ -134,6 +134,11 @@ def validate(config: RunConfig, world_size: int = 1) -> list[str]:
             f"{found('dataset_config_file')}, which is not a file. "
             "configs/data/bagel_example.yaml shows how one looks; pass yours as --dataset_config_file."
         )
+    if values["latent_cache"] and not Path(values["latent_cache"]).expanduser().is_dir():
+        wrong.append(
+            f"{found('latent_cache')}, which is not a folder. Make it with echo4o data cache CONFIG --out "
+            f"{values['latent_cache']}, or remove the setting."
+        )
     if not values["visual_gen"] and not values["visual_und"]:
         wrong.append("visual_gen and visual_und are both False: nothing is left to train. Set one of them to True.")
     if values["freeze_und"] and values["layer_module"] == "Qwen2DecoderLayer":
@@ -243,6 +248,10 @@ def _without_effect(config: RunConfig, values: dict) -> list[str]:
         )
     if values["freeze_vit"] and not values["visual_und"]:
         notes.append("freeze_vit: no effect with visual_und False, there is no vision encoder")
+    if values["latent_cache"] and not values["visual_gen"]:
+        notes.append("latent_cache: no effect with visual_gen False, the run uses no VAE")
+    if values["latent_cache_strict"] and not values["latent_cache"]:
+        notes.append("latent_cache_strict: no effect without latent_cache")
     if not values["wandb"] and (idle := [name for name in _WANDB if name in given]):
         notes.append(f"{', '.join(idle)}: no effect without --wandb True")
     if not values["num_workers"] and "prefetch_factor" in given:

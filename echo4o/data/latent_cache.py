@@ -91,6 +91,11 @@ class Identity:
         return [f"{what}: {mine} in the cache, {theirs} here" for what, mine, theirs in pairs if mine != theirs]
 
 
+def store_folder(cache: Path, kind: str) -> Path:
+    """Of a kind of image in a cache."""
+    return cache / STORES[kind]
+
+
 class LatentStore:
     """The tensors of one kind of image, by content and size.
 

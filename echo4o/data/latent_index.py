@@ -85,6 +85,19 @@ def read_index(folder: Path, num_bytes: Callable[[bytes], int]) -> Index:
     )
 
 
+def damaged_shards(folder: Path, num_bytes: Callable[[bytes], int]) -> list[Path]:
+    """Files among the shards that are none, or cut short: not by a killed process, which leaves no such file."""
+    known, found = _stored(folder / INDEX), []
+    for entry in _shards(folder / SHARDS):
+        size = entry.stat().st_size
+        try:
+            if (entry.name, size) not in known:
+                _shard_entries(folder / SHARDS / entry.name, size, num_bytes)
+        except ValueError:
+            found.append(folder / SHARDS / entry.name)
+    return found
+
+
 def write_index(folder: Path, index: Index) -> None:
     """Keep an index in one file, which has its name only when it is whole. Equal indexes make equal files."""
     partial = folder / f".{INDEX}.{uuid.uuid4().hex}.partial"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from echo4o.model.embeddings import patchify_latents
 from echo4o.model.vae import AutoEncoder
 from echo4o.packed import PackedBatch
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -45,3 +50,43 @@ def encode_batch(vae: AutoEncoder, batch: PackedBatch, latent_patch_size: int) -
         noises.append(torch.randn(h * w, latent_patch_size**2 * channels, generator=generator))
     tokens = patchify_latents(latents, latent_patch_size)
     return tokens, torch.cat(noises).to(tokens.device)
+
+
+class LatentCounts:
+    """Distinct images of the packs since the last `reset`: taken from ``latent_cache``, or encoded for want of it.
+
+    Args:
+        cache: its folder; nothing is counted without one.
+    """
+
+    def __init__(self, cache: str | None) -> None:
+        self.cache = cache
+        self.has_warned = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.num_cached = self.num_encoded = 0
+
+    def add(self, batches: Sequence[PackedBatch]) -> None:
+        """The first image that the cache lacks is reported with its pack."""
+        if self.cache is None:
+            return
+        for batch in batches:
+            missing = len(batch.vae_images or ())
+            self.num_cached += len(batch.vae_moments or ())
+            self.num_encoded += missing
+            if missing and not self.has_warned:
+                self.has_warned = True
+                logger.warning(
+                    "%d images of a pack (rows %s) are not in latent_cache %s: they are decoded and encoded as ever, "
+                    "data/latents_encoded counts them. Run echo4o data cache again to add what is missing",
+                    missing,
+                    ", ".join(batch.sample_rows[:8]) or "unknown",
+                    self.cache,
+                )
+
+    def counters(self) -> dict[str, int]:
+        """For the metrics."""
+        if self.cache is None:
+            return {}
+        return {"data/latents_cached": self.num_cached, "data/latents_encoded": self.num_encoded}

@@ -33,6 +33,7 @@ from echo4o.train.engine import Engine, build_engine
 from echo4o.train.engine.single import resolve_device
 from echo4o.train.fetching import fetch_base, fetch_model
 from echo4o.train.initialise import InitialModel, architecture_of, initial_model
+from echo4o.train.latent_cache import use_cache
 from echo4o.train.liveness import Liveness
 from echo4o.train.memory import (
     MemoryEstimate,
@@ -159,6 +160,7 @@ def set_up(config: RunConfig, processes: Processes, device: torch.device, livene
     groups = build_groups(config, architecture, tokenizer, special_tokens)
     loader = build_loader(config, architecture, special_tokens, groups, engine, packs_per_rank)
     vae, vae_path = build_vae(plan, config, architecture, engine)
+    use_cache(config, groups, vae, vae_path, engine.compute_dtype, processes)
     initial = initial_model(plan, architecture, config)
     model, model_config = initial.model, initial.config
     fit_vocabulary(model, tokenizer, special_tokens)

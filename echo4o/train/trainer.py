@@ -22,7 +22,7 @@ from echo4o.config import RunConfig
 from echo4o.packed import PackedBatch
 from echo4o.train.console import ConsoleProgress
 from echo4o.train.failures import reporting_failures
-from echo4o.train.latents import encode_batch
+from echo4o.train.latents import LatentCounts, encode_batch
 from echo4o.train.liveness import Liveness
 from echo4o.train.logs import set_up_logs
 from echo4o.train.losses import LossBreakdown, StepTotals, micro_loss
@@ -105,6 +105,7 @@ class Trainer:
         self.liveness = liveness
         self.work_seconds = 0.0
         self.workers_started = False
+        self.latents = LatentCounts(run.config.data.latent_cache if run.vae is not None else None)
         self.writer = run.checkpoint_writer(lambda: liveness.progress(run.step, "save"))
         self.breakdown = LossBreakdown()
         self.breakdown.load_state_dict(run.trainer_state.get("breakdown", {}))
@@ -219,6 +220,7 @@ class Trainer:
     def count(self, result: StepResult, micro_batches: Sequence[PackedBatch]) -> None:
         """Throughput and skipped steps; raises NonFiniteError when training has broken down."""
         self.run.throughput.add_step(micro_batches)
+        self.latents.add(micro_batches)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         if not result.skipped:
             return
@@ -237,7 +239,8 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         run = self.run
-        own = (self.breakdown.state_dict(), run.loader_counters(), self.work_seconds, run.engine.processes.host)
+        counted = {**run.loader_counters(), **self.latents.counters()}
+        own = (self.breakdown.state_dict(), counted, self.work_seconds, run.engine.processes.host)
         breakdowns, counters, seconds, hosts = zip(*run.engine.gather(own), strict=True)
         self.breakdown.merge(breakdowns)
         if max(seconds) > max(SLOW_DATA_SECONDS, SLOW_DATA_SHARE * run.throughput.seconds):
@@ -257,6 +260,7 @@ class Trainer:
             **_summed(counters),
         }
         self.breakdown.reset()
+        self.latents.reset()
         run.throughput.reset()
         if run.engine.rank == 0:
             try:

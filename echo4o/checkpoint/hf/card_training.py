@@ -16,6 +16,7 @@ from echo4o.checkpoint.hf.provenance import shown_path
 #: Settings of one machine or of the log, which say nothing of the model.
 _UNTOLD = {
     *("results_dir", "checkpoint_dir", "tensorboard", "num_workers", "prefetch_factor", "data_cache_dir", "device"),
+    *("latent_cache", "latent_cache_strict"),
     *("auto_resume", "resume_from", "log_every", "save_every", "keep_last_n", "keep_every", "async_save", "log_rows"),
     *("peak_device_tflops", "dataset_config_file", "dataset_info", "dist_timeout", "hang_timeout", "stop_grace"),
     *("dead_rank_timeout", "llm_path", "vit_path", "vae_path", "max_bad_row_share", "attention_kernel", "use_flex"),

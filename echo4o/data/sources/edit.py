@@ -34,6 +34,7 @@ class EditPlanner:
     drafter: Drafter
     visual_und: bool = True
     columns: ClassVar[tuple[str, ...]] = (*INSTRUCTION, *INPUT_IMAGES, *OUTPUT_IMAGE)
+    images_vary: ClassVar[bool] = True
 
     def draft(self, row: Mapping[str, Any], pictures: PictureReader, rng: random.Random) -> list[SegmentDraft]:
         sources, target = references_and_target(row)

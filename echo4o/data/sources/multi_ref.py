@@ -81,6 +81,7 @@ class MultiRefPlanner:
     options: MultiRefOptions
     visual_und: bool = True
     columns: ClassVar[tuple[str, ...]] = (*INSTRUCTION, *INPUT_IMAGES, *OUTPUT_IMAGE)
+    images_vary: ClassVar[bool] = False
 
     def draft(self, row: Mapping[str, Any], pictures: PictureReader, rng: random.Random) -> list[SegmentDraft]:
         given, target = references_and_target(row)

@@ -42,6 +42,8 @@ class RowPlanner(Protocol):
 
     #: Columns it may look at, aliases included.
     columns: ClassVar[tuple[str, ...]]
+    #: Whether a row lays down only some of its images, others in other epochs.
+    images_vary: ClassVar[bool]
 
     def draft(self, row: Mapping[str, Any], pictures: PictureReader, rng: random.Random) -> list[SegmentDraft]:
         """Segments in sequence order. Raises RowError."""
@@ -128,6 +130,11 @@ class GroupRows:
     def images(self, index: int) -> list[SegmentDraft]:
         """Every image segment that some epoch may lay down for a row, by its index. Raises RowError."""
         return self._drafted(index, self._planner.images)
+
+    @property
+    def images_vary(self) -> bool:
+        """Whether an epoch lays down only some of `images`."""
+        return self._planner.images_vary
 
     def row_name(self, index: int) -> str:
         """``file:row`` of a row, by its index."""

@@ -22,6 +22,7 @@ class T2IPlanner:
 
     drafter: Drafter
     columns: ClassVar[tuple[str, ...]] = ("captions", *_CAPTION, *_IMAGE)
+    images_vary: ClassVar[bool] = False
 
     def draft(self, row: Mapping[str, Any], pictures: PictureReader, rng: random.Random) -> list[SegmentDraft]:
         images = self.images(row, pictures)

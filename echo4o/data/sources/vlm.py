@@ -29,6 +29,7 @@ class VlmPlanner:
     drafter: Drafter
     sampler: FrameSampler
     columns: ClassVar[tuple[str, ...]] = ("conversations", "image", "images", "video")
+    images_vary: ClassVar[bool] = False
 
     def draft(self, row: Mapping[str, Any], pictures: PictureReader, rng: random.Random) -> list[SegmentDraft]:
         turns = _turns(row)
