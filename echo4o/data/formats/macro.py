@@ -37,7 +37,7 @@ def open_macro(opening: Opening) -> FormatStore:
             raise DataError(f"{path} has no split {split!r}")
     root = path if path.is_dir() else path.parent
     finder = image_finder(opening, [root], [] if opening.images else archives_below(root))
-    return record_store(JsonRows(files), FieldParser(finder, opening.columns))
+    return record_store(JsonRows(files), FieldParser(finder, opening.columns, only_kind="multi_ref"))
 
 
 def _files(path: Path) -> list[Path]:

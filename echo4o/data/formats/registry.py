@@ -18,6 +18,7 @@ from echo4o.data.formats import (
     omnigen2,
     unireason,
 )
+from echo4o.data.formats.layout import parquet_columns
 from echo4o.data.formats.store import Format, FormatStore, Opening, RecordStore
 
 __all__ = ["FORMATS", "Format", "FormatStore", "Opening", "RecordStore", "detect", "format_named"]
@@ -68,4 +69,6 @@ def _found(path: Path) -> str:
         return f"It is a file of {path.stat().st_size} bytes."
     names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-    return f"Found there: {shown or 'nothing'}."
+    columns = parquet_columns(path)
+    remedy = f" Its parquet has {', '.join(columns)}: name them as columns of hf_dataset." if columns else ""
+    return f"Found there: {shown or 'nothing'}.{remedy}"

@@ -217,6 +217,24 @@ def test_saved_by_the_library_itself(tmp_path):
     assert record.references[0].read() == target(0) and record.target.read() == target(1)
 
 
+def test_an_id_on_the_hub_is_loaded_by_the_library(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"prompt": datasets.Value("string"), "picture": datasets.Image()})
+    rows = [{"prompt": text(row), "picture": {"bytes": target(row), "path": None}} for row in range(3)]
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options["split"], options["revision"]))
+        return datasets.Dataset.from_list(rows, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    store = FORMATS["hf_dataset"].open("owner/name@v1", columns={"output_image": "picture"}, split="test")
+    assert asked == [("owner/name", "test", "v1")]
+    assert [store.record(row).target.read() for row in range(3)] == [target(row) for row in range(3)]
+    assert store.kind(0) == "t2i" and store.record(2).instructions == text(2)
+    assert pickle.loads(pickle.dumps(store)).record(1).target.read() == target(1)
+
+
 def test_folder_references_need_numbers(tmp_path):
     root = write("folder", tmp_path, 3)
     refs = root / "refs" / "product_2"
@@ -258,6 +276,9 @@ def test_images_may_lie_in_a_zip_elsewhere(tmp_path, compression):
 def test_unknown_folders_are_described(tmp_path):
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(DataError, match=r"Found there: notes.md"):
+        detect(tmp_path)
+    miniatures.table(tmp_path / "0.parquet", [{"pic": b"", "words": "x"}])
+    with pytest.raises(DataError, match=r"Its parquet has pic, words: name them as columns of hf_dataset"):
         detect(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         detect(tmp_path / "nothing")
