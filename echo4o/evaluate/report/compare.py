@@ -94,11 +94,9 @@ def _cautions(first: Result, second: Result) -> list[str]:
             "the difference is theirs as well as the models'."
         )
     names = ("settings", "seed", "options", "dtype", "quantize", "images_from", "versions")
-    changed = [name for name in names if first.facts.get(name) != second.facts.get(name)]
+    changed = [name.replace("_", " ") for name in names if first.facts.get(name) != second.facts.get(name)]
     if changed:
-        cautions.append(
-            f"The runs differ in {', '.join(changed).replace('_', ' ')}, not only in the model: see the details of the runs."
-        )
+        cautions.append(f"The runs differ in {', '.join(changed)}, not only in the model: see the details of the runs.")
     if {s.item for s in first.scores} != {s.item for s in second.scores}:
         cautions.append("The runs do not have the same items; only those that both have are compared.")
     if first.facts.get("fingerprint") and first.facts.get("fingerprint") == second.facts.get("fingerprint"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,14 +57,19 @@ def warnings(runs: Sequence[Run]) -> list[tuple[str, bool]]:
 
     What holds of several results is said once.
     """
-    found: dict[tuple[str, bool], list[str]] = {}
+    found: dict[tuple[str, bool], dict[str, list[str]]] = {}
+    having: Counter[str] = Counter()
     for run in runs:
         for result in run.results.values():
-            where = result.benchmark.title + (f" of {run.name}" if len(runs) > 1 else "")
+            title = result.benchmark.title
+            having[title] += 1
             for warning in _warnings(result):
-                found.setdefault(warning, []).append(where)
-    ordered = sorted(found.items(), key=lambda pair: not pair[0][1])
-    return [(f"{', '.join(places)}: {words}", grave) for (words, grave), places in ordered]
+                found.setdefault(warning, {}).setdefault(title, []).append(run.name)
+    sentences = []
+    for (words, grave), places in sorted(found.items(), key=lambda pair: not pair[0][1]):
+        where = [t if len(names) == having[t] else f"{t} of {' and '.join(names)}" for t, names in places.items()]
+        sentences.append((f"{', '.join(where)}: {words}", grave))
+    return sentences
 
 
 def _warnings(result: Result) -> Iterator[tuple[str, bool]]:
@@ -74,7 +80,7 @@ def _warnings(result: Result) -> Iterator[tuple[str, bool]]:
             "out, the strict one counts them as the lowest score. The same command goes on where it was.",
             True,
         )
-    if lost := [f"{statuses[name]} {status_words(name)}" for name in _JUDGE_ONLY if statuses[name]]:
+    if lost := [f"{status_words(name)}: {statuses[name]}" for name in _JUDGE_ONLY if statuses[name]]:
         number = sum(statuses[name] for name in _JUDGE_ONLY)
         yield (
             f"{counted(number, 'item')} without a verdict ({', '.join(lost)}). That is the judge's failure, not the "

@@ -52,7 +52,7 @@ def scores_for_card(run: Run) -> list[dict[str, Any]]:
         notes = [f"scale {scale.words}", f"95 % interval {scale.interval(result.intervals()[0])}"]
         if scale.text(totals.strict) != scale.text(totals.published):
             notes.append(f"strict {scale.text(totals.strict)}")
-        notes += [f"{count} {status_words(name)}" for name, count in result.statuses.items() if name != "ok"]
+        notes += [f"{status_words(name)}: {count}" for name, count in result.statuses.items() if name != "ok"]
         official = result.benchmark.num_items
         if official and official != len(result.entries):
             notes.append(f"not all {official} official items")

@@ -117,7 +117,7 @@ def _score(scale: Scale, value: float | None, interval: Interval | None) -> str:
 
 
 def _failed(result: Result) -> str:
-    bad = [f"{count} {status_words(name)}" for name, count in result.statuses.items() if name != "ok"]
+    bad = [f"{status_words(name)}: {count}" for name, count in result.statuses.items() if name != "ok"]
     return ", ".join(bad) or "0"
 
 

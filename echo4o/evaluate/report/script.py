@@ -39,7 +39,7 @@ for (const gallery of document.querySelectorAll(".gallery")) {
     count.textContent = `${Math.min(found, limit)} of ${found} shown${all}`;
     more.hidden = found <= limit;
   };
-  form.addEventListener("input", () => { limit = size; show(); });
+  for (const kind of ["input", "change"]) form.addEventListener(kind, () => { limit = size; show(); });
   form.addEventListener("submit", event => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(() => { limit = size; show(); }));
   more.firstElementChild.addEventListener("click", () => {

@@ -141,6 +141,7 @@ button:hover { background: var(--fill) }
 .filters output { margin-left: auto; color: var(--soft); padding: .4rem 0 }
 .more { text-align: center; margin: 1rem 0 }
 html:not(.js) .filters, html:not(.js) .more, [hidden] { display: none !important }
+.gallery { scroll-margin-top: 2.4rem }
 .items { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17.6rem), 1fr)) }
 .items.several { grid-template-columns: 1fr }
 .item {

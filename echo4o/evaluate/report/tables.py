@@ -38,7 +38,7 @@ def failures(result: Result, anchor: str) -> str:
     """Items without a verdict by status, as links into the gallery."""
     chips = [
         f'<a class="chip bad" href="#{anchor}" data-filter="{anchor}" data-kind="{status}">'
-        f"{count} {escape(status_words(status))}</a>"
+        f"{escape(status_words(status))}: {count}</a>"
         for status, count in result.statuses.items()
         if status != "ok"
     ]
