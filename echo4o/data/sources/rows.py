@@ -175,6 +175,11 @@ class GroupRows:
         for data_set in self._data_sets:
             data_set.store.expect_streams(num_streams)
 
+    @property
+    def problems(self) -> list[str]:
+        """What was found wrong on opening and did not stop it, one line each."""
+        return [line for data_set in self._data_sets for line in getattr(data_set.store, "problems", ())]
+
     def _picture_reader(self, data_set: DataSet, index: int) -> PictureReader:
         folders = (data_set.image_folder, data_set.store.folder(index))
         return PictureReader(tuple(folder for folder in folders if folder is not None), self._pixel_limit)

@@ -21,6 +21,7 @@ from echo4o.data.inspection.report import report_json, report_text
 from echo4o.data.inspection.stats import mixture_stats, stats_json, stats_text
 from echo4o.data.inspection.validate import DataReport, validate
 from echo4o.data.streams import RankStreams, StreamLayout
+from tests.data.formats.miniatures import MINIATURES, write
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLES = ROOT / "data_examples"
@@ -175,6 +176,18 @@ def test_data_sets_as_they_lie_are_opened_by_their_format() -> None:
     assert [group.name for group in opened.groups] == ["multi_ref"] and len(opened.groups[0].source) == 40
     with pytest.raises(DataError, match="does not exist"):
         open_data(EXAMPLES / "nowhere")
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_every_published_format_is_recognised_checked_and_shown(name: str, tmp_path: Path) -> None:
+    opened = open_data(write(name, tmp_path / "data"))
+    report = validate(opened)
+    assert report.rows == report.usable == sum(len(group.source) for group in opened.groups) > 0
+    assert not report.has_errors
+    page = write_page(opened, tmp_path / "page.html", rows=1, layouts=False).read_text()
+    assert page.count("<article") == len(opened.groups)
+    if name == "blip3o":
+        assert "lack an image or a text" in report_text(report)  # what opening found
 
 
 # ---------------------------------------------------------------- duplicates
