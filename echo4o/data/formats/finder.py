@@ -8,7 +8,7 @@ import functools
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from echo4o.data.errors import DataError, RowError
@@ -19,7 +19,7 @@ from echo4o.data.images import printable
 #: No image file is smaller than this in base64; a shorter text is a path.
 _MIN_BASE64 = 48
 _MAX_PATH = 4096
-_MAX_KNOWN_FOLDERS = 1 << 16
+_MAX_KNOWN_PLACES = 1 << 16
 
 
 class NameIndex:
@@ -93,7 +93,7 @@ class ImageFinder:
         self._member_of: list[tuple[int, int]] = []
         self._remote_index: NameIndex | None = None
         self._loose: tuple[list[Path], NameIndex] | None = None
-        self._known_folders: dict[tuple[Path, str], str] = {}
+        self._known_places: dict[tuple[str, Path | None], list[tuple[int, str, bool]]] = {}
 
     def has(self, value: Any, folder: Path | None = None) -> bool:
         """Whether an image can be had without opening archives that are not open yet."""
@@ -148,14 +148,12 @@ class ImageFinder:
         return self._named(text, folder)
 
     def _named(self, name: str, folder: Path | None) -> StoredImage:
-        path = Path(name)
-        if path.is_absolute() and _is_file(path):
-            return _plain(name, path)
-        parts = [_normal(part) for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", ".")]
+        if os.path.isabs(name) and os.path.isfile(name):
+            return _plain(name, Path(name))
+        parts = [part for part in _normal(name.replace("\\", "/")).split("/") if part not in ("", ".")]
         if not parts:
             raise RowError("image missing", detail=f"{printable(name)!r} names no file")
-        roots = [*self._folders, *([folder] if folder is not None and folder not in self._folders else [])]
-        kept, found = self._below(roots, parts, name)
+        kept, found = self._below(folder, parts, name)
         if found is None:
             self.open_archives()
         member_score, members = self._in_archives(parts)
@@ -168,32 +166,37 @@ class ImageFinder:
             found = self._anywhere(name, parts)
         return _plain(name, found)
 
-    def _below(self, roots: Sequence[Path], parts: Sequence[str], name: str) -> tuple[int, Path | None]:
-        """Components kept and the file, where one lies below a root at the name without its first components."""
-        for start in range(len(parts)):
-            if start and ".." in parts[start:]:
-                break
-            if start or name.startswith("/"):
-                above, base = "/".join(parts[start:-1]), parts[-1]
-            else:
-                above, base = os.path.split(name)
-            for root in roots:
-                folder = self._folder_below(root, above)
-                if folder and os.path.isfile(path := os.path.join(folder, base)):
-                    return len(parts) - start, Path(path)
+    def _below(self, folder: Path | None, parts: Sequence[str], name: str) -> tuple[int, Path | None]:
+        """Components kept and the file, where one lies below a folder at the name without its first components."""
+        key = (name[: max(name.rfind("/"), name.rfind("\\")) + 1], folder)
+        places = self._known_places.get(key)
+        if places is None:
+            if len(self._known_places) >= _MAX_KNOWN_PLACES:
+                self._known_places.clear()
+            places = self._known_places[key] = self._places(folder, parts, name)
+        for kept, place, as_given in places:
+            path = place + (os.path.basename(name) if as_given else parts[-1])
+            if os.path.isfile(path):
+                return kept, Path(path)
         return 0, None
 
-    def _folder_below(self, root: Path, above: str) -> str:
-        """The folder, or "" if there is none: remembered, since looking in vain takes as long as finding."""
-        key = (root, above)
-        known = self._known_folders.get(key)
-        if known is None:
-            folder = os.path.join(root, above)
-            known = folder if os.path.isdir(folder) else ""
-            if len(self._known_folders) >= _MAX_KNOWN_FOLDERS:
-                self._known_folders.clear()
-            self._known_folders[key] = known
-        return known
+    def _places(self, folder: Path | None, parts: Sequence[str], name: str) -> list[tuple[int, str, bool]]:
+        """Folders in which such a name may lie: components kept, the folder, whether its last component is as given.
+
+        The same for all names that differ in the last component, so that folders that are not there are asked for once.
+        """
+        roots = [*self._folders, *([folder] if folder is not None and folder not in self._folders else [])]
+        found = []
+        for start in range(len(parts)):
+            if start and ".." in parts[start:-1]:
+                break
+            as_given = not start and not name.startswith("/")
+            above = os.path.dirname(name) if as_given else "/".join(parts[start:-1])
+            for root in roots:
+                place = os.path.join(root, above, "")
+                if os.path.isdir(place):
+                    found.append((len(parts) - start, place, as_given))
+        return found
 
     def _in_archives(self, parts: Sequence[str]) -> tuple[int, list[int]]:
         if not self._archives:
@@ -318,13 +321,6 @@ def _is_base64(text: str) -> bool:
     try:
         return bool(_decoded(text))
     except RowError:
-        return False
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # not even a possible name; ValueError: a zero byte
         return False
 
 
