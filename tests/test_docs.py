@@ -82,6 +82,7 @@ vit_image_transform_args image_pixel_limit frame_sampler_args max_num_frames min
 shuffle_seed resume_data_status data_dir input_images input_image image_list target_image instruction_list
 output_image no_flag num_worker too_long skipped_steps grad_norm tokens_per_sec data_wait_share
 load_bagel adamw_8bit nproc_per_node text_channel
+echo4o_image nano_consistent hf_dataset bagel_parquet train_only
 """
 
 
