@@ -109,6 +109,17 @@ class TrainingArguments:
     async_save: bool = _flag(True, "write checkpoints in the background while training goes on")
     log_rows: bool = _flag(False, "write the rows of every step to rows/ in results_dir, a file a rank")
     total_steps: int = _flag(500_000, "stop after this many optimiser steps")
+    eval_every: int = _flag(
+        0, "steps between evaluations, and one before the first step and after the last; 0: no evaluation"
+    )
+    eval_weights: str = _flag("ema", "weights that are evaluated: ema or model")
+    validation_config_file: str | None = _flag(
+        None, "YAML of data set groups for validation losses; dataset_config_file itself: its groups' validation splits"
+    )
+    validation_rows: int = _flag(32, "rows of each data set that validation losses are measured on")
+    eval_requests: str | None = _flag(
+        None, "JSONL of requests (as for echo4o generate --requests) that every evaluation draws"
+    )
     warmup_steps: int = _flag(2000, "steps of linear warm-up")
     lr_scheduler: str = _flag("constant", "constant or cosine (down to min_lr)")
     lr: float = _flag(1e-4, "learning rate")
@@ -181,6 +192,7 @@ GROUPS: Mapping[str, str] = {
     "Outputs and logging": "results_dir",
     "Start and resume": "global_seed",
     "Frequency": "log_every",
+    "Evaluation during training": "eval_every",
     "Optimiser": "warmup_steps",
     "Losses and steps": "timestep_shift",
     "Sharding and processes": "keep_packs_per_step",
@@ -206,6 +218,11 @@ OWN_FLAGS = frozenset(
         "keep_every",
         "async_save",
         "log_rows",
+        "eval_every",
+        "eval_weights",
+        "validation_config_file",
+        "validation_rows",
+        "eval_requests",
         "weight_decay",
         "optimizer",
         "lr_groups",

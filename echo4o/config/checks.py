@@ -23,6 +23,7 @@ CHOICES = {
     "optimizer": ("adamw", "adamw_8bit"),
     "reduce_dtype": ("float32", "bfloat16"),
     "frozen_dtype": ("auto", "float32", "bfloat16"),
+    "eval_weights": ("ema", "model"),
     "backward_prefetch": ("BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH"),
 }
 POSITIVE = (
@@ -36,6 +37,7 @@ POSITIVE = (
     "log_every",
     "save_every",
     "total_steps",
+    "validation_rows",
     "expected_num_tokens",
     "gradient_accumulation_steps",
     "num_replicate",
@@ -56,6 +58,7 @@ NOT_NEGATIVE = (
     "max_buffer_size",
     "keep_last_n",
     "keep_every",
+    "eval_every",
     "lora_rank",
     "lora_alpha",
     "warmup_steps",
@@ -85,6 +88,7 @@ _DEEPSPEED = ("zero_stage", "deepspeed_config")
 _LORA = ("lora_alpha", "lora_dropout", "lora_targets")
 #: Named sets of `lora_targets` whose gradient freeze_und cuts off.
 _CUT_BY_FREEZE_UND = ("und", "vit", "connector")
+_EVALUATION = ("eval_weights", "validation_config_file", "validation_rows", "eval_requests")
 _WANDB = ("wandb_project", "wandb_name", "wandb_runid", "wandb_resume", "wandb_offline")
 
 
@@ -148,13 +152,14 @@ def validate(config: RunConfig, world_size: int = 1) -> list[str]:
         )
     if values["min_lr"] > values["lr"] and values["lr_scheduler"] == "cosine":
         wrong.append(f"{found('min_lr')}, more than lr {values['lr']}: cosine would rise. Lower min_lr.")
-    wrong += [*_wrong_optimizer(values), *_wrong_training(config, values)]
+    wrong += [*_wrong_optimizer(values), *_wrong_training(config, values), *_wrong_evaluation(config, values)]
     if wrong:
         raise ConfigError("\n".join(wrong))
     return [
         *_without_effect(config, values),
         *_idle_sharding(config, values, world_size),
         *_idle_freezing(config, values),
+        *_idle_evaluation(config, values),
         *_second_looks(values),
     ]
 
@@ -198,6 +203,46 @@ def _wrong_training(config: RunConfig, values: dict) -> list[str]:
             "gradient there: the adapters would never learn. Set freeze_und False, or adapt gen only."
         )
     return wrong
+
+
+def _wrong_evaluation(config: RunConfig, values: dict) -> list[str]:
+    """Of evaluation during training."""
+    remedies = {
+        "validation_config_file": "data_examples/dataset_heldout.yaml shows how one looks",
+        "eval_requests": 'it holds a JSON object a line, such as {"id": "cube", "prompt": "A red cube"}',
+    }
+    wrong = [
+        f"{name} is {values[name]} ({config.source(name)}), which is not a file; {remedy}."
+        for name, remedy in remedies.items()
+        if values[name] and not Path(values[name]).expanduser().is_file()
+    ]
+    if not (values["eval_requests"] and values["eval_every"]):
+        return wrong
+    if not values["visual_gen"]:
+        wrong.append("eval_requests asks for pictures, but visual_gen is False: remove the setting.")
+    if values["cpu_offload"] and values["device"] != "cpu":
+        wrong.append(
+            "eval_requests asks for pictures, but with cpu_offload True every one of a picture's many evaluations of "
+            "the network would bring all weights to the GPU. Remove the setting, and draw with echo4o generate from "
+            "checkpoints."
+        )
+    if values["engine"] == "deepspeed" and values["zero_stage"] == 3:
+        wrong.append(
+            "eval_requests asks for pictures, but DeepSpeed gathers the weights of zero_stage 3 for training's forward "
+            "pass only. Use engine fsdp or zero_stage 2, or remove the setting; validation losses work."
+        )
+    return wrong
+
+
+def _idle_evaluation(config: RunConfig, values: dict) -> list[str]:
+    if not values["eval_every"]:
+        idle = [name for name in _EVALUATION if name in config.given]
+        return [f"{', '.join(idle)}: no effect with eval_every 0"] if idle else []
+    if not values["validation_config_file"] and not values["eval_requests"]:
+        return ["eval_every: no effect without validation_config_file or eval_requests, there is nothing to evaluate"]
+    if not values["validation_config_file"] and "validation_rows" in config.given:
+        return ["validation_rows: no effect without validation_config_file"]
+    return []
 
 
 def _idle_sharding(config: RunConfig, values: dict, world_size: int) -> list[str]:

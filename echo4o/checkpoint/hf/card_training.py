@@ -17,6 +17,7 @@ from echo4o.checkpoint.hf.provenance import shown_path
 _UNTOLD = {
     *("results_dir", "checkpoint_dir", "tensorboard", "num_workers", "prefetch_factor", "data_cache_dir", "device"),
     *("latent_cache", "latent_cache_strict"),
+    *("eval_every", "eval_weights", "validation_config_file", "validation_rows", "eval_requests"),
     *("auto_resume", "resume_from", "log_every", "save_every", "keep_last_n", "keep_every", "async_save", "log_rows"),
     *("peak_device_tflops", "dataset_config_file", "dataset_info", "dist_timeout", "hang_timeout", "stop_grace"),
     *("dead_rank_timeout", "llm_path", "vit_path", "vae_path", "max_bad_row_share", "attention_kernel", "use_flex"),
