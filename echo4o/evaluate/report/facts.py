@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from echo4o.checkpoint.hf.card_training import without_places
 from echo4o.evaluate.report.numbers import counted, status_words
 from echo4o.evaluate.report.reading import Result, Run
 
@@ -49,7 +49,7 @@ def model_name(result: Result) -> str:
     model = result.facts.get("model")
     if isinstance(model, Mapping):
         model = model.get("name") or model.get("path")
-    return without_places(str(model)) if model else ""
+    return without_place(str(model)) if model else ""
 
 
 def warnings(runs: Sequence[Run]) -> list[tuple[str, bool]]:
@@ -105,9 +105,17 @@ def _warnings(result: Result) -> Iterator[tuple[str, bool]]:
         )
 
 
+def without_place(text: str) -> str:
+    """The last parts of an absolute path, without anybody's home folder; other texts as they are."""
+    parts = Path(text).parts
+    if not Path(text).is_absolute() or "\n" in text:
+        return text
+    return "/".join(parts[-max(1, min(2, len(parts) - 3)) :]).lstrip("/")
+
+
 def _value(value: Any) -> str:
     if isinstance(value, str):
-        return without_places(value)
+        return without_place(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_value(inner)}" for name, inner in value.items() if inner is not None)
     if isinstance(value, list | tuple):

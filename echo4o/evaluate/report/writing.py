@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from echo4o.checkpoint.weights import write_text
 from echo4o.evaluate.report.compare import Compared, compare_results
 from echo4o.evaluate.report.machine import report_json, scores_for_card
 from echo4o.evaluate.report.markdown import report_markdown
 from echo4o.evaluate.report.page import page_html, page_title
 from echo4o.evaluate.report.reading import Run, read_runs
+from echo4o.evaluate.run_folder import write_whole
 
 HTML, MARKDOWN, JSON, CARD = "report.html", "report.md", "report.json", "scores_for_card.json"
 
@@ -40,7 +40,6 @@ def write_report(run_folders: Sequence[Path], out: Path, *, embed: bool = True) 
     runs = read_runs(run_folders)
     compared = _compared(runs)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     release = _version()
     content = report_json(runs, compared, release)
     texts = {
@@ -52,8 +51,7 @@ def write_report(run_folders: Sequence[Path], out: Path, *, embed: bool = True) 
         name = CARD if number == 1 else CARD.replace(".json", f"_{number}.json")
         texts[name] = json.dumps(scores_for_card(run), ensure_ascii=False, indent=2) + "\n"
     for name, text in texts.items():
-        # Lone surrogates, which a judge's JSON can hold, cannot be written.
-        write_text(out / name, text.encode("utf-8", "replace").decode())
+        write_whole(out / name, text)
     return [out / name for name in texts]
 
 

@@ -30,7 +30,7 @@ ANSWERS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
 }
 
 
-def draw(path: Path, seed: int, side: int = 96) -> Path:
+def draw(path: Path, seed: int, side: int = 32) -> Path:
     """A picture of a few coloured shapes."""
     rng = random.Random(seed)
     colour = lambda: tuple(rng.randrange(40, 230) for _ in range(3))  # noqa: E731
@@ -51,7 +51,7 @@ def write_run(
     *,
     seed: int = 0,
     judge: str = JUDGE,
-    side: int = 96,
+    side: int = 32,
     status: Callable[[Item], str] = lambda item: "ok",
     answer: Callable[[Item, str], dict[str, Any] | None] = lambda item, question: None,
     facts: dict[str, Any] | None = None,
@@ -113,7 +113,7 @@ def imagine_items(count: int) -> list[Item]:
     ]
 
 
-def omnicontext_items(count: int, references: Path, side: int = 96) -> list[Item]:
+def omnicontext_items(count: int, references: Path, side: int = 32) -> list[Item]:
     tags = benchmark_called("omnicontext").tags
     items = []
     for i in range(1, count + 1):

@@ -119,7 +119,7 @@ def test_nothing_is_fetched_and_nothing_complains(driver, urls):
     driver.get(urls[2])
     for image in driver.find_elements(By.CSS_SELECTOR, "#gallery-geneval_2B_2B .item img")[:3]:
         driver.execute_async_script("arguments[0].loading = 'eager'; arguments[0].decode().then(arguments[1])", image)
-        assert image.get_property("naturalWidth") == 96
+        assert image.get_property("naturalWidth") == 32
     assert not driver.get_log("browser")
 
 

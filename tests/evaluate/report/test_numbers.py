@@ -4,6 +4,7 @@ import pytest
 
 from echo4o.evaluate.report.charts import Series, bar, radar
 from echo4o.evaluate.report.compare import holm
+from echo4o.evaluate.report.facts import without_place
 from echo4o.evaluate.report.numbers import counted, p_text, scale_of
 from echo4o.evaluate.scores import Interval
 
@@ -32,6 +33,20 @@ def test_intervals_and_words():
     assert [p_text(p) for p in (None, 0.0002, 0.05)] == ["–", "< 0.001", "0.050"]
     with pytest.raises(ValueError, match="known: 0-1"):
         scale_of("0-100")
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/home/alice/models/mine", "models/mine"),
+        ("/home/alice/mine", "mine"),
+        ("/mine", "mine"),
+        ("owner/name", "owner/name"),
+        ("gpt-4.1", "gpt-4.1"),
+    ],
+)
+def test_paths_do_not_tell_whose_machine_it_was(path, shown):
+    assert without_place(path) == shown
 
 
 def test_holm_by_hand():
