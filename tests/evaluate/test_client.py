@@ -48,9 +48,8 @@ def test_what_passes_is_tried_again(kind):
 
 @pytest.mark.parametrize("kind", ["error", "drop"])
 def test_what_does_not_pass_fails_with_the_reason(kind):
-    with JudgeServer(faults=[Fault(kind, times=None)]) as server:
-        with pytest.raises(CallFailed) as failed:
-            ask(client(server, max_attempts=3))
+    with JudgeServer(faults=[Fault(kind, times=None)]) as server, pytest.raises(CallFailed) as failed:
+        ask(client(server, max_attempts=3))
     assert failed.value.attempts == 3 == len(server.asked)
     assert ("500" in str(failed.value)) == (kind == "error")
 
@@ -104,9 +103,8 @@ def test_ways_to_say_retry_after(headers, expected):
                     ("quota", "account is empty")],
 )  # fmt: skip
 def test_what_no_question_survives_stops_at_once(kind, words):
-    with JudgeServer(faults=[Fault(kind, times=None)]) as server:
-        with pytest.raises(JudgeError, match=words):
-            ask(client(server))
+    with JudgeServer(faults=[Fault(kind, times=None)]) as server, pytest.raises(JudgeError, match=words):
+        ask(client(server))
     assert len(server.asked) == 1
 
 

@@ -85,3 +85,17 @@ def test_kills_at_random_moments(tmp_path, processes, monkeypatch, seed):
     larger = sum(asked.max_tokens > 512 for asked in server.asked)  # the second calls of cut replies
     assert sum(server.counts.values()) - larger <= NUM_ITEMS + kills * WORKERS
     assert {line["judge"] for line in lines_of(folder)} == {MODEL}
+
+
+def test_ctrl_c_waits_for_replies_on_their_way(tmp_path, processes, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    evaluation(tmp_path, None, NUM_ITEMS)
+    with JudgeServer(delay=0.3) as server:
+        process = processes.Process(target=run, args=(tmp_path, server.url))
+        process.start()
+        while process.is_alive() and len(server.asked) < WORKERS + 1:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(30)
+        assert process.exitcode == 130
+        assert sum(server.counts.values()) == len(lines_of(tmp_path)) == len(server.asked) < NUM_ITEMS
