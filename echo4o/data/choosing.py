@@ -97,14 +97,17 @@ class GroupChoice:
         self._step: int | None = None
         self._set_shares(0)
 
-    def begin_pack(self, step: int) -> bool:
-        """Draw by the weights of `step` from now on. True if an entry of a schedule began since the pack before."""
-        if not self._scheduled:
-            return False
-        before, self._step = self._step, step
-        self._set_shares(step)
+    def phase_begins(self, step: int) -> bool:
+        """Whether an entry of a schedule begins at `step`, or after the step of the pack before and up to there."""
+        before = self._step
         entries = {entry for group in self._groups for entry in group.schedule_steps}
         return before is not None and any(before < entry <= step for entry in entries)
+
+    def begin_pack(self, step: int) -> None:
+        """Draw by the weights of `step` from now on."""
+        if self._scheduled:
+            self._step = step
+            self._set_shares(step)
 
     def _set_shares(self, step: int) -> None:
         self._shares = shares_at(self._groups, step)
@@ -153,7 +156,7 @@ class GroupChoice:
         return account in self._by_account and self._lies_behind(account) > 0
 
     def charge(self, group: str, num_tokens: int) -> None:
-        """A row of a group was drawn."""
+        """A row of a group was drawn; below 0: it is given back, and will be charged when it is drawn again."""
         if self.counts_tokens:
             self._balances[self._account_of[group]] -= num_tokens
             self._credit(num_tokens)
@@ -168,7 +171,9 @@ class GroupChoice:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Accounts begin at 0 where the state has others."""
-        self.num_draws, self._step = state["draws"], state.get("step")
+        self.num_draws = state["draws"]
+        if self._scheduled and (step := state.get("step")) is not None:
+            self.begin_pack(step)
         balances = state.get("balances", {})
         self._balances = dict(balances) if set(balances) == set(self._balances) else dict.fromkeys(self._balances, 0.0)
 

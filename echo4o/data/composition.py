@@ -142,8 +142,8 @@ class BatchComposer:
             DataError: if too many rows are bad or a group has no usable row.
         """
         pack = _Pack(self.limits.max_num_tokens)
-        if self.mixture.begin_pack(self.num_batches if step is None else step):
-            self.mixture.give_back([waiting.row for waiting in self._buffer])
+        waiting = [(waiting.row, waiting.num_tokens) for waiting in self._buffer]
+        if self.mixture.begin_pack(self.num_batches if step is None else step, waiting):
             self._buffer = []
         self._refill()
         self._add_mandatory(pack)

@@ -30,8 +30,8 @@ class GroupedRow:
     """A planned row and the group it was drawn from.
 
     Attributes:
-        counts: towards the group's share of the tokens. A row that was drawn before and given back does not again, nor
-            one of a mandatory group that is far beyond its share.
+        counts: towards the group's share of the tokens. A row that was counted when another stream drew it does not
+            again, nor does one of a mandatory group that is far beyond its share.
     """
 
     group: str
@@ -49,9 +49,9 @@ class GroupCursor:
     """One consumer's place in one group.
 
     `spans` are the ``[epoch, start, stop)`` positions that this consumer has taken on and not yet read; `epoch` is the
-    first epoch of which it has not taken a share. `returned` are rows ``[epoch, index]`` that another stream had read
-    and not used; they come first. Nothing in them depends on the number of consumers, so that they can be dealt out
-    anew (`echo4o.data.dealing`).
+    first epoch of which it has not taken a share. `returned` are rows ``[epoch, index]`` that had been read and not
+    used; they come first. Their tokens have been counted, but for those that are ``[epoch, index, 1]``. Nothing in them
+    depends on the number of consumers, so that they can be dealt out anew (`echo4o.data.dealing`).
     """
 
     def __init__(self, group: SourceGroup, consumer: int, num_consumers: int) -> None:
@@ -81,9 +81,12 @@ class GroupCursor:
             self.spans.pop(0)
         return epoch, position
 
-    def take_returned(self) -> Address | None:
-        """The next row that was read and not used, if there is one."""
-        return Address(self.group.source.name, *self.returned.pop(0)) if self.returned else None
+    def take_returned(self) -> tuple[Address, bool] | None:
+        """The next row that was read and not used, if there is one, and whether its tokens are to be counted."""
+        if not self.returned:
+            return None
+        epoch, index, *counts = self.returned.pop(0)
+        return Address(self.group.source.name, epoch, index), bool(counts)
 
     def state_dict(self) -> dict[str, Any]:
         state = {"rows": self.num_rows, "epoch": self.epoch, "spans": [list(span) for span in self.spans]}
@@ -144,24 +147,34 @@ class Mixture:
         """
         name = self.choice.draw() if group is None else group
         with self._timed(name):
-            plan, drawn_before = self._next_usable(name)
-        return GroupedRow(name, plan, counts=not drawn_before and (group is None or self.choice.counts(name)))
+            plan, to_count = self._next_usable(name)
+        return GroupedRow(name, plan, counts=to_count and (group is None or self.choice.counts(name)))
 
     def count_tokens(self, row: GroupedRow, num_tokens: int) -> None:
         """A row that was drawn will take so many tokens."""
         if row.counts:
             self.choice.charge(row.group, num_tokens)
 
-    def begin_pack(self, step: int) -> bool:
-        """Draw by the weights of an optimiser step from now on. True if an entry of a schedule began since the pack
-        before: rows that wait were drawn by others and are better given back."""
-        return self.choice.begin_pack(step)
+    def begin_pack(self, step: int, waiting: Sequence[tuple[GroupedRow, int]]) -> bool:
+        """Draw by the weights of an optimiser step from now on. Where an entry of a schedule begins, rows that wait
+        were drawn by other weights: they are given back and come first when their groups are drawn again.
 
-    def give_back(self, rows: Sequence[GroupedRow]) -> None:
-        """Rows that were drawn and not used: they come first when their groups are drawn again."""
-        for name, cursor in self._cursors.items():
-            places = [[row.plan.address.epoch, row.plan.address.index] for row in rows if row.group == name]
-            cursor.returned = places + cursor.returned
+        Args:
+            step: optimiser steps done.
+            waiting: rows that were drawn and not used, with their tokens.
+
+        Returns:
+            Whether they were given back.
+        """
+        given_back = self.choice.phase_begins(step)
+        if given_back:
+            for row, num_tokens in waiting:
+                self.choice.charge(row.group, -num_tokens)
+            for name, cursor in self._cursors.items():
+                addresses = [row.plan.address for row, _ in waiting if row.group == name]
+                cursor.returned = [[address.epoch, address.index, 1] for address in addresses] + cursor.returned
+        self.choice.begin_pack(step)
+        return given_back
 
     def locate(self, group: str, address: Sequence) -> GroupedRow:
         """A row that was drawn earlier, by its address."""
@@ -180,12 +193,11 @@ class Mixture:
             self.read_seconds += getattr(source, "read_seconds", 0.0) - read_before
 
     def _next_usable(self, name: str) -> tuple[RowPlan, bool]:
-        """The plan, and whether the row had been drawn before."""
+        """The plan, and whether its tokens are to be counted."""
         cursor, fruitless = self._cursors[name], self._fruitless[name]
         while True:
-            place = cursor.take_returned()
-            if place is None:
-                place = cursor.advance()
+            place, to_count = cursor.take_returned() or (cursor.advance(), True)
+            if not isinstance(place, Address):
                 self.ledger.count_read()
             try:
                 plan = self._plan(cursor.group, place)
@@ -195,7 +207,7 @@ class Mixture:
                 continue
             if plan.num_tokens <= self.max_num_tokens_per_sample:
                 fruitless.planned()
-                return plan, isinstance(place, Address)
+                return plan, to_count
             self.ledger.count_too_long(plan, self._remedy(plan))
             fruitless.not_planned(_row_of(plan))
 
@@ -205,7 +217,7 @@ class Mixture:
 
     @property
     def num_returned(self) -> int:
-        """Rows counted as read that other streams had not used and this one has not drawn yet."""
+        """Rows counted as read that were not used and have not been drawn again yet."""
         return sum(len(cursor.returned) for cursor in self._cursors.values())
 
     def count_decoded(self, row: GroupedRow) -> None:
