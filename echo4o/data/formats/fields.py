@@ -135,8 +135,10 @@ class FieldParser:
             if mapped not in values:
                 raise RowError("column missing", detail=f"{mapped}; {columns_found(values)}")
             return (mapped,), values[mapped]
-        taken = {name for theirs in self.columns.values() for name in as_list(theirs)}
-        name, value = first_of(values, [alias for alias in aliases if alias not in taken])
+        if self.columns:
+            taken = {name for theirs in self.columns.values() for name in as_list(theirs)}
+            aliases = [alias for alias in aliases if alias not in taken]
+        name, value = first_of(values, aliases)
         return ((name,) if name else (), value)
 
 

@@ -9,7 +9,7 @@ import zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,6 +21,7 @@ MAX_MEMBER_BYTES = 1 << 29
 MAX_RATIO = 200
 _FREE_BYTES = 1 << 20
 _NUM_EXAMPLES = 3
+_OCTAL = frozenset(b"01234567")
 
 
 @dataclass
@@ -161,7 +162,9 @@ def tar_members(path: Path) -> Members:
     with path.open("rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:", errorlevel=0) as tar:
-                while (member := tar.next()) is not None:
+                tar.offset = 0
+                tar.firstmember = None  # pyright: ignore  (the first, which opening has read already)
+                while (member := _plain_member(file, tar) or tar.next()) is not None:
                     tar.members = []  # pyright: ignore  (tarfile would keep every member it has met)
                     if member.isreg() and not member.issparse():
                         if member.offset_data + member.size > size:
@@ -181,6 +184,36 @@ def tar_members(path: Path) -> Members:
             elif len(mark) < 512:
                 broken = "broken off: it has no end mark"
     return gatherer.members(broken)
+
+
+def _plain_member(file: BinaryIO, tar: tarfile.TarFile) -> tarfile.TarInfo | None:
+    """The next member if its header is of the simplest kind, as nearly all are; tarfile takes five times as long.
+
+    ``None`` leaves the header to tarfile: long names, extended headers, links, damage, the end.
+    """
+    start = tar.offset
+    file.seek(start)
+    header = file.read(tarfile.BLOCKSIZE)
+    file.seek(start)  # where tarfile expects to be
+    if (
+        len(header) < tarfile.BLOCKSIZE
+        or header[156:157] not in (b"0", b"\0")
+        or header[257:263] != b"ustar\0"
+        or header[345]  # the name goes on in the prefix
+        or tar.pax_headers
+        or not header.isascii()
+    ):
+        return None
+    name, size = header[:100].partition(b"\0")[0].decode(), header[124:136].strip(b" \0")
+    checksum = header[148:156].strip(b" \0")
+    if not name or name.endswith("/") or not _OCTAL.issuperset(size) or not size or not _OCTAL.issuperset(checksum):
+        return None
+    if int(checksum or b"0", 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        return None
+    member = tarfile.TarInfo(name)
+    member.size, member.offset, member.offset_data = int(size, 8), start, start + tarfile.BLOCKSIZE
+    tar.offset = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return member
 
 
 def zip_members(path: Path) -> Members:

@@ -40,6 +40,7 @@ class JsonlRows:
         cache_dir: Path | None = None,
     ) -> None:
         self.files = [_local(file, cache_dir) for file in files]
+        self._folders = [file.parent for file in self.files]
         self._names = [str(file) for file in files]
         spans = [self._row_spans(path) for path in self.files]
         file_of = np.concatenate([np.full(len(span), i, dtype=np.int32) for i, span in enumerate(spans)])
@@ -60,7 +61,7 @@ class JsonlRows:
 
     def folder(self, row: int) -> Path:
         """Folder that holds the row's file."""
-        return self.files[self._file_of[row]].parent
+        return self._folders[self._file_of[row]]
 
     def read(self, row: int) -> dict[str, Any]:
         """The line's object. Raises RowError if it is not a JSON object."""

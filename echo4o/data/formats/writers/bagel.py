@@ -76,7 +76,7 @@ class _KindFile:
         self._writer = pq.ParquetWriter(
             self._unfinished,
             self._schema,
-            compression={name: {**_TEXT_COLUMNS, **_IMAGE_COLUMNS}[name] for name in leaves},
+            compression={name: {**_TEXT_COLUMNS, **_IMAGE_COLUMNS}[name] for name in leaves},  # pyright: ignore
             use_dictionary=False,
             write_statistics=False,
         )
