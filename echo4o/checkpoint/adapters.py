@@ -205,7 +205,7 @@ def _read(folder: Path, kind: str) -> Adapter:
             "merge it with peft (merge_and_unload) and use the resulting weights."
         )
     tensors = {name: reader.run(name, 0, shape[0] * shape[1]).reshape(shape) for name, shape in reader.shapes.items()}
-    return Adapter(config, {name: tensor.clone() for name, tensor in tensors.items()})
+    return Adapter(config, tensors)
 
 
 def _twin(name: str) -> str:

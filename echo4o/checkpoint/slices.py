@@ -1,11 +1,8 @@
-"""Runs of elements out of safetensors files: every process maps the file and touches only its own bytes."""
+"""Runs of elements out of safetensors files: every process reads only its own bytes."""
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,13 +10,12 @@ import torch
 from torch import Tensor
 
 from echo4o.checkpoint.pieces import Piece
-from echo4o.model.pretrained import open_file, shard_files, upstream_name
+from echo4o.model.pretrained import TensorFile, shard_files, upstream_name
 
 #: Rows of a table averaged at once.
 _CHUNK_ROWS = 4096
-#: Elements copied at once, so that little of the file is mapped at a time.
+#: Elements read at once.
 _CHUNK_ELEMENTS = 1 << 24
-_MADV_DONTNEED = 4
 
 
 class WeightsReader:
@@ -32,21 +28,21 @@ class WeightsReader:
     Raises:
         FileNotFoundError: if shards are missing.
         ValueError: if a file is not a complete safetensors file.
+        OSError: if one cannot be read.
     """
 
     def __init__(self, path: str | Path, prefix: str = "") -> None:
         self.path = Path(path)
-        self._files = {}
+        self._files: dict[str, TensorFile] = {}
         self._held: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for file in shard_files(self.path):
-            opened = open_file(file)
-            for held in opened.keys():  # noqa: SIM118
-                part, name = opened.get_slice(held), upstream_name(held.removeprefix(prefix))
+            opened = TensorFile(file)
+            for held, stored in opened.tensors.items():
+                name = upstream_name(held.removeprefix(prefix))
                 self._files[name], self._held[name] = opened, held
-                self.shapes[name] = tuple(part.get_shape())
-                self.dtypes[name] = _DTYPES[part.get_dtype()]
+                self.shapes[name], self.dtypes[name] = stored.shape, opened.dtype(held)
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -56,14 +52,8 @@ class WeightsReader:
         return sum(math.prod(shape) * self.dtypes[name].itemsize for name, shape in self.shapes.items())
 
     def run(self, name: str, start: int, stop: int) -> Tensor:
-        """(stop − start,) elements of a tensor in row-major order, in the file's dtype; a view of the mapped file."""
-        part = self._files[name].get_slice(self._held[name])
-        shape = self.shapes[name]
-        if not shape:
-            return self._files[name].get_tensor(self._held[name]).reshape(1)[start:stop]
-        row = math.prod(shape[1:])
-        first, last = start // max(row, 1), -(-stop // max(row, 1))
-        return part[first:last].reshape(-1)[start - first * row : stop - first * row]
+        """(stop − start,) elements of a tensor in row-major order, in the file's dtype."""
+        return self._files[name].run(self._held[name], start, stop)
 
     @torch.no_grad()
     def fill(self, name: str, piece: Piece) -> int:
@@ -82,7 +72,6 @@ class WeightsReader:
             last = min(first + _CHUNK_ELEMENTS, end)
             run = self.run(name, first, last)
             piece.values[first - piece.start : last - piece.start].copy_(run)
-            release(run)
         if piece.stop > held and piece.values.numel():
             self._fill_grown(name, piece, held)
         return max(0, end - piece.start) * self.dtypes[name].itemsize
@@ -94,22 +83,9 @@ class WeightsReader:
             last = min(first + _CHUNK_ROWS, rows)
             run = self.run(name, first * width, last * width)
             mean += run.reshape(-1, width).double().sum(0)
-            release(run)
         first = max(piece.start, held)
         positions = torch.arange(first, piece.stop) % width
         piece.values[first - piece.start :].copy_((mean / rows)[positions])
-
-
-def release(run: Tensor) -> None:
-    """Give the pages behind a run that was copied back to the system: they stay in its cache, not in this process."""
-    if not sys.platform.startswith("linux") or not run.numel():
-        return
-    page = mmap.PAGESIZE
-    begin = -(-run.data_ptr() // page) * page
-    length = (run.data_ptr() + run.nbytes) // page * page - begin
-    if length > 0:
-        # Advice only: if it is not taken, the pages go when the file is closed.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_DONTNEED)
 
 
 class LayeredReader:
@@ -132,19 +108,3 @@ class LayeredReader:
 
     def dtypes(self) -> dict[str, torch.dtype]:
         return {name: dtype for reader in reversed(self.readers) for name, dtype in reader.dtypes.items()}
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}

@@ -22,7 +22,7 @@ from echo4o.generate.layers import LoadingError, layers_of, num_bytes, without_l
 from echo4o.generate.offloading import Disk, MaxMemory, Room, check_place, offload, settle
 from echo4o.generate.quantization import check_kind, quantize, quantize_layer
 from echo4o.model import Bagel, BagelConfig
-from echo4o.model.pretrained import check_state, find_weights, names_in, open_file, read_shapes, shard_files
+from echo4o.model.pretrained import TensorFile, check_state, find_weights, names_in, read_shapes, shard_files
 
 __all__ = ["LoadingError", "load", "offload", "quantize"]
 
@@ -122,8 +122,7 @@ class _Folder:
 
         index = {}
         for file in shard_files(self.path):
-            with open_file(file) as tensors:
-                held = names_in(tensors)
+            held = names_in(TensorFile(file).tensors)
             names = [f"{name}.{key}" for key in layer.state_dict() if f"{name}.{key}" in held]
             index |= {key: {"safetensors_file": str(file), "weight_name": held[key]} for key in names}
         return OffloadedWeightsLoader(index=index)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from echo4o.model.headers import Stored, read_header
 
 WEIGHTS = ("ema", "model")
 
@@ -26,6 +30,13 @@ _FOREIGN_NAMES = (
 #: The VAE's tensors where they lie among a model's: in the published index, and in lmms-engine's folders.
 VAE_PREFIXES = ("encoder.", "decoder.", "vae_model.")
 
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "C64": torch.complex64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+
 
 def upstream_name(name: str) -> str:
     """A tensor's name in upstream's files, from that in another program's."""
@@ -34,9 +45,9 @@ def upstream_name(name: str) -> str:
     return name
 
 
-def names_in(tensors) -> dict[str, str]:
-    """Upstream's name → name in an opened file."""
-    return {upstream_name(name): name for name in tensors.keys()}  # noqa: SIM118
+def names_in(held: Iterable[str]) -> dict[str, str]:
+    """Upstream's name → name in a file."""
+    return {upstream_name(name): name for name in held}
 
 
 def find_weights(folder: str | Path, weights: str | None = None) -> Path | None:
@@ -72,35 +83,72 @@ def shard_files(path: Path) -> list[Path]:
     return files
 
 
-def open_file(file: Path, device: str = "cpu"):
-    """A safetensors file, mapped; usable as a context manager.
+class TensorFile:
+    """A safetensors file whose tensors are read, not mapped: Linux counts torch's private, writable map as memory that
+    may be needed, and refuses it for a file that is larger than the machine's.
+
+    Args:
+        path: is kept open, so that it can be read though it is removed meanwhile.
+
+    Attributes:
+        tensors: name in the file → dtype, shape and place.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: if it is damaged, or holds tensors that torch has no dtype for.
+        OSError: if it cannot be read.
     """
-    try:
-        return safe_open(file, framework="pt", device=device)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file ({error}); download or copy it again") from error
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.tensors: Mapping[str, Stored] = read_header(path).tensors
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not a complete safetensors file (it {error}); download or copy it again"
+            ) from error
+        for name, stored in self.tensors.items():
+            if stored.dtype not in _DTYPES:
+                raise ValueError(f"{path} holds {name} as {stored.dtype}, a dtype that torch does not have; convert it")
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return _DTYPES[self.tensors[name].dtype]
+
+    def run(self, name: str, start: int, stop: int) -> Tensor:
+        """(stop − start,) elements of a tensor in row-major order.
+
+        Raises:
+            OSError: if the file has become shorter, or the disk fails.
+        """
+        values = torch.empty(stop - start, dtype=self.dtype(name))
+        offset = self.tensors[name].begin + start * values.element_size()
+        buffer = memoryview(values.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+        while buffer:
+            done = os.preadv(self._descriptor, [buffer], offset)
+            if not done:
+                raise OSError(f"{self.path} has become shorter while it was read; copy or download it again")
+            offset, buffer = offset + done, buffer[done:]
+        return values
+
+    def tensor(self, name: str) -> Tensor:
+        shape = self.tensors[name].shape
+        return self.run(name, 0, math.prod(shape)).reshape(shape)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors, from the headers alone."""
-    shapes = {}
-    for file in shard_files(path):
-        with open_file(file) as tensors:
-            shapes |= {name: tuple(tensors.get_slice(held).get_shape()) for name, held in names_in(tensors).items()}
-    return shapes
+    files = [TensorFile(file) for file in shard_files(path)]
+    return {upstream_name(name): stored.shape for file in files for name, stored in file.tensors.items()}
 
 
 def iter_tensors(path: Path, names: Sequence[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every tensor (or those of `names`), one at a time: memory is that of the largest."""
     wanted = None if names is None else set(names)
-    for file in shard_files(path):
-        with open_file(file) as tensors:
-            for name, held in names_in(tensors).items():
-                if wanted is None or name in wanted:
-                    yield name, tensors.get_tensor(held)
+    for file in map(TensorFile, shard_files(path)):
+        for name, held in names_in(file.tensors).items():
+            if wanted is None or name in wanted:
+                yield name, file.tensor(held)
 
 
 def check_state(

@@ -36,14 +36,7 @@ def check_tokenizer(examination: Examination, vocab_size: int | None, *, for_ups
     except Exception as error:  # the tokenizers library raises Exception itself
         cause = error.__cause__ if isinstance(error, DataError) and error.__cause__ else error
         first = (str(cause).splitlines() or [type(cause).__name__])[0]
-        if str(folder / "config.json") in first:
-            examination.unusable_file(
-                "config.json",
-                "cannot be read by transformers, which looks into it for the tokenizer",
-                "make it valid JSON (a comma before a closing bracket?), or download it again",
-            )
-        else:
-            examination.unusable_file("tokenizer.json", f"gives no usable tokenizer: {first}", _COPY)
+        examination.unusable_file("tokenizer.json", f"gives no usable tokenizer: {first}", _COPY)
         return
     missing = [marker for marker in MARKERS if marker not in entries]
     if missing:

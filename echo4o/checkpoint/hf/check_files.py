@@ -12,10 +12,10 @@ from typing import Any
 from echo4o.checkpoint.adapters import CONFIG_FILE, find_adapter
 from echo4o.checkpoint.folders import MARKER, CheckpointError, faults
 from echo4o.checkpoint.hf.findings import Examination, counted, some
-from echo4o.checkpoint.hf.headers import Header, Stored, read_header
 from echo4o.checkpoint.hf.provenance import EXPORT_FILE, Provenance, read_provenance
 from echo4o.checkpoint.inventory import ADAPTER, TRAINED, TRAINING
 from echo4o.model.config import SCALAR_FILES
+from echo4o.model.headers import Header, Stored, read_header
 from echo4o.model.pretrained import WEIGHTS, find_weights, upstream_name
 from echo4o.model.vae import WEIGHTS_FILE
 

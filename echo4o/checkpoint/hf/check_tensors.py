@@ -14,10 +14,10 @@ from echo4o.checkpoint.adapters import CONFIG_FILE, AdapterConfig, base_folder, 
 from echo4o.checkpoint.folders import CheckpointError
 from echo4o.checkpoint.hf.check_files import WeightSet
 from echo4o.checkpoint.hf.findings import Examination, counted, some
-from echo4o.checkpoint.hf.headers import Header, Stored
 from echo4o.checkpoint.names import ADAPTER_PREFIX, is_adapter
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.config import LAYER_MODULES, SCALAR_FILES, LLMConfig, VAEConfig, ViTConfig
+from echo4o.model.headers import Header, Stored
 from echo4o.model.pretrained import VAE_PREFIXES, upstream_name
 from echo4o.model.vae import WEIGHTS_FILE, AutoEncoder, infer_config
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from echo4o.checkpoint.hf.findings import Examination, counted, some
-from echo4o.checkpoint.hf.headers import Header, Stored
 from echo4o.checkpoint.hf.progress import byte_progress
 from echo4o.model import Bagel
+from echo4o.model.headers import Header, Stored
 from echo4o.model.pretrained import upstream_name
 from echo4o.model.vae import WEIGHTS_FILE
 
@@ -147,10 +147,10 @@ def _read_tensor(
     _fill(file, buffer, stored.end - stored.begin, digest, advance, look)
     if bad:
         seen.non_finite[name] = bad
-    elif is_zero and dtype is not None and place:
-        seen.zero.append(name)
     elif table is not None and deviation > _TABLE_TOLERANCE:
         seen.other_tables[name] = deviation
+    elif is_zero and dtype is not None and place:
+        seen.zero.append(name)
 
 
 class _Tables:

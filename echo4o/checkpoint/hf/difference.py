@@ -17,7 +17,7 @@ from echo4o.checkpoint.folders import CheckpointError
 from echo4o.checkpoint.hf.changes import Difference, TensorDifference, larger_or_nan
 from echo4o.checkpoint.hf.difference_report import difference_json, difference_text
 from echo4o.checkpoint.hf.progress import byte_progress
-from echo4o.checkpoint.slices import LayeredReader, WeightsReader, release
+from echo4o.checkpoint.slices import LayeredReader, WeightsReader
 from echo4o.model.pretrained import VAE_PREFIXES, find_weights, shard_files
 from echo4o.model.vae import WEIGHTS_FILE
 
@@ -121,7 +121,7 @@ class _Weights:
         return reader.dtypes[held]
 
     def runs(self, name: str) -> Iterator[Tensor]:
-        """(n,) elements in row-major order, in the file's dtype; each is to be used before the next."""
+        """(n,) elements in row-major order, in the file's dtype."""
         known = self._known(name)
         assert known is not None
         total = math.prod(self.shapes[known])
@@ -132,9 +132,7 @@ class _Weights:
                 yield merged[start:stop]
             else:
                 reader, held = self._find(known)
-                run = reader.run(held, start, stop)
-                yield run
-                release(run)
+                yield reader.run(held, start, stop)
 
     def _find(self, name: str) -> tuple[WeightsReader, str]:
         found = self._layers.find(name)

@@ -28,7 +28,7 @@ MODULES: Mapping[str, str] = {
     "echo4o.model.bagel": "bagel_model",
     **{
         f"echo4o.model.{room}": f"bagel_{room}"
-        for room in ("attention", "config", "embeddings", "mot", "parts", "pretrained", "vae", "vit")
+        for room in ("attention", "config", "embeddings", "headers", "mot", "parts", "pretrained", "vae", "vit")
     },
 }
 _HEADING = """\

@@ -16,7 +16,7 @@ from torch import Tensor
 from echo4o.checkpoint.adapters import TOKENIZER_FILES, MergedWeights, is_adapter_folder
 from echo4o.checkpoint.folders import MARKER, CheckpointError, faults, latest
 from echo4o.checkpoint.inventory import ADAPTER, TRAINING
-from echo4o.checkpoint.slices import LayeredReader, WeightsReader, release
+from echo4o.checkpoint.slices import LayeredReader, WeightsReader
 from echo4o.model import Bagel, BagelConfig
 from echo4o.model.config import SCALAR_FILES
 from echo4o.model.embeddings import sincos_2d
@@ -211,9 +211,7 @@ class Source:
         reader, known = found
         total = math.prod(self.shapes[name])
         for start in range(0, total, CHUNK_ELEMENTS):
-            run = reader.run(known, start, min(start + CHUNK_ELEMENTS, total))
-            yield run.to(dtype, copy=True)
-            release(run)
+            yield reader.run(known, start, min(start + CHUNK_ELEMENTS, total)).to(dtype)
 
     def tensor(self, name: str, dtype: torch.dtype) -> Tensor:
         """A whole tensor."""
@@ -255,14 +253,16 @@ class Source:
 
 
 def newest_checkpoint(folder: str | Path) -> Path:
-    """The folder itself, or the newest complete checkpoint in the results or checkpoint folder of a run."""
+    """The folder itself, or the newest complete checkpoint in the results or checkpoint folder of a run; of a link such
+    as ``latest``, the checkpoint beside it that it names."""
     folder = Path(folder)
     for candidate in (folder, folder / "checkpoints"):
         if candidate.is_dir() and find_weights(candidate) is None and not is_adapter_folder(candidate):
             found = latest(candidate)
             if found is not None:
                 return found
-    return folder
+    target = folder.resolve()
+    return folder.parent / target.name if folder.is_symlink() and target.parent == folder.parent.resolve() else folder
 
 
 def _refuse_incomplete(folder: Path) -> None:

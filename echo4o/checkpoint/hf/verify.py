@@ -41,10 +41,10 @@ from echo4o.checkpoint.hf.findings import (
     report_json,
     report_text,
 )
-from echo4o.checkpoint.hf.headers import Header
 from echo4o.checkpoint.hf.probe import probe_outputs
 from echo4o.model import Bagel
 from echo4o.model.config import SCALAR_FILES
+from echo4o.model.headers import Header
 from echo4o.model.vae import WEIGHTS_FILE
 from echo4o.train.memory import available_host_memory
 

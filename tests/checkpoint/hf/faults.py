@@ -117,7 +117,7 @@ BAD: dict[str, tuple[str, Break, str, str]] = {
     # layout, what is done to it, file that is blamed, words of the error
     "no config": ("bagel", remove("*config.json"), ".", "no config"),
     "broken config": ("bagel", write("config.json", "{"), "config.json", "not valid JSON"),
-    "comma too many": ("bagel", comma_too_many, "config.json", "cannot be read by transformers"),
+    "position table of zeros": ("bagel", tensors(lambda t: t[TABLE].zero_()), EMA, "not those of the sin-cos formula"),
     "list as config": ("bagel", write("config.json", "[]"), "config.json", "list instead of an object"),
     "broken llm config": ("bagel", write("llm_config.json", "{"), "llm_config.json", "not valid JSON"),
     "broken vit config": ("bagel", write("vit_config.json", ""), "vit_config.json", "not valid JSON"),
@@ -230,7 +230,7 @@ WARNINGS: dict[str, tuple[str, Break, str]] = {
     "zero velocity": ("bagel", tensors(lambda t: t["llm2vae.weight"].zero_()), "never been trained to draw"),
     "zero layer": ("bagel", tensors(lambda t: t["connector.fc1.weight"].zero_()), "all zero: connector.fc1.weight"),
     "no vocab.json": ("bagel", remove("vocab.json", "merges.txt"), "vocab.json and merges.txt"),
-    "comma too many": ("bagel", write("generation_config.json", '{"eos_token_id": 1,}'), "comma"),
+    "comma too many": ("bagel", comma_too_many, "comma"),
     "two configs": ("bagel", config(llm_config={"rope_theta": 5.0}), "rope_theta is 5.0"),
     "foreign names": (
         "bagel",

@@ -186,7 +186,7 @@ def test_reading_values_takes_no_memory_to_speak_of(tmp_path) -> None:
         "import resource, sys; from pathlib import Path\n"
         "from echo4o.checkpoint.hf.check_values import check_values\n"
         "from echo4o.checkpoint.hf.findings import Examination\n"
-        "from echo4o.checkpoint.hf.headers import read_header\n"
+        "from echo4o.model.headers import read_header\n"
         "folder = Path(sys.argv[1]); header = read_header(folder / 'ema.safetensors')\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak(); check_values(Examination(folder), {'ema.safetensors': header}, None, {})\n"
