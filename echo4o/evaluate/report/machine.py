@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from echo4o.evaluate.report.compare import Compared, Difference
-from echo4o.evaluate.report.facts import warnings
+from echo4o.evaluate.report.facts import warnings, without_place
 from echo4o.evaluate.report.numbers import status_words
 from echo4o.evaluate.report.reading import Entry, Result, Run
 from echo4o.evaluate.scores import Interval
@@ -90,7 +90,7 @@ def _result(result: Result, run: Run) -> dict[str, Any]:
         "caveats": [*result.benchmark.caveats],
         "judges": result.judges,
         "usage": dict(result.usage),
-        "run": dict(result.facts),
+        "run": {n: without_place(v) if isinstance(v, str) else v for n, v in result.facts.items()},
         "published_rows": dict(result.benchmark.published_rows),
         "per_tag": tags,
         "items": [_entry(entry, run) for entry in result.entries],

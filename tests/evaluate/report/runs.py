@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from echo4o.evaluate.benchmark import Benchmark, Item, Judgement
 from echo4o.evaluate.benchmarks import benchmark as benchmark_called
+from echo4o.evaluate.run_folder import RunFolder
 
 JUDGE = "judge-1"
 ANSWERS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
@@ -82,11 +83,11 @@ def write_run(
                 name, item.id, question.name, state, given, text, error, judge, f"{number}", usage, 1.5, 1
             )  # pyright: ignore[reportArgumentType]
             lines.append(asdict(judgement))
-    rows = [{**asdict(item), "references": [str(path) for path in item.references]} for item in items]
-    _write_lines(place / "items.jsonl", rows)
-    _write_lines(place / "judgements.jsonl", lines)
-    told = {"benchmark": name, "model": {"name": folder.name, "hash": "f" * 12}, "seed": seed, "judge": judge}
-    (place / "run.json").write_text(json.dumps(told | (facts or {})))
+    run = RunFolder(place)
+    run.write_items(items)
+    run.judgements.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    told = {"benchmark": name, "model": folder.name, "fingerprint": folder.name * 8, "seed": seed, "judge": judge}
+    run.note(**(told | (facts or {})))
     return folder
 
 
@@ -121,7 +122,3 @@ def omnicontext_items(count: int, references: Path, side: int = 32) -> list[Item
         prompt = f"The person of image 1 in the room of image {len(files)}."
         items.append(Item(f"key{i}", prompt, files, tags[i % 8], {"key": f"key{i}"}))
     return items
-
-
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

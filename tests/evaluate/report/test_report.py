@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 
 from echo4o.checkpoint.hf.card import read_scores
-from echo4o.evaluate.benchmark import Item
+from echo4o.evaluate.benchmark import Item, ItemScore
+from echo4o.evaluate.benchmarks import benchmark
 from echo4o.evaluate.report import ReportError, write_report
+from echo4o.evaluate.run_folder import RunFolder
+from echo4o.evaluate.scoring import write_scores
 from tests.evaluate.report.runs import geneval_items, imagine_items, omnicontext_items, write_run
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)"> | `*bold*` \u202bصورة قطة\u202c 🐈'
@@ -62,7 +65,7 @@ def reported(tmp_path_factory):
         imagine_items(24),
         status=statuses_of,
         answer=lambda item, question: {**long, "reason": "</p><script>alert(3)</script> " + "very long " * 60},
-        facts={"model": {"name": "/home/somebody/models/mine"}},
+        facts={"model": "/home/somebody/models/mine", "images_from": "/home/somebody/models/mine"},
     )
     files = write_report([folder], folder)
     return folder, {path.name: path for path in files}
@@ -128,6 +131,7 @@ def test_failures_are_named(reported):
     for words in ("image missing: 1", "judge not reached: 1", "reply unreadable: 1"):
         assert words in page.text and words in markdown
     assert "24 items instead of the official 280" in page.text and "24 items instead of the official 280" in markdown
+    assert "somebody" not in reported[1]["report.json"].read_text()
     assert "somebody" not in page.source and "models/mine" in page.text  # no places of home folders
 
 
@@ -178,6 +182,18 @@ def test_only_the_judge_of_the_run_counts(tmp_path):
     content = json.loads(write_report([folder], folder)[2].read_text())["runs"][0]["benchmarks"]["geneval++"]
     assert content["strict"] == 1.0 and content["judges"] == ["judge-1"]
     assert content["usage"]["prompt_tokens"] == 4 * 900  # paid for, too
+
+
+def test_scores_of_a_program_come_from_its_file(tmp_path):
+    items = [replace(item, num_images=4, id=f"{n:05d}") for n, item in enumerate(geneval_items(3))]
+    folder = write_run(tmp_path / "run", "geneval", items)
+    assert json.loads(write_report([folder], folder)[2].read_text())["runs"][0]["benchmarks"]["geneval"]["partial"]
+    scores = [ItemScore(item.id, item.tag, 0.75, 0.75, {}) for item in items]
+    write_scores(RunFolder(folder / "geneval"), benchmark("geneval"), scores, None)
+    files = write_report([folder], folder)
+    content = json.loads(files[2].read_text())["runs"][0]["benchmarks"]["geneval"]
+    assert content["strict"] == 0.75 and not content["partial"] and content["judges"] == []
+    assert len(Page(files[0]).all("img")) == 12
 
 
 def test_references_are_shown_in_order(tmp_path):
