@@ -272,24 +272,43 @@ class Bagel(nn.Module):
         return self.language_model.lm_head(hidden[rows], batch.packed_label_ids, CE_CHUNK), None
 
     def _vit_tokens(self, batch: PackedBatch, like: Tensor) -> Tensor:
-        """(n_vit, hidden). The tower also runs on no images, so that every parameter always has a gradient."""
-        num_tokens = 0 if batch.packed_vit_tokens is None else len(batch.packed_vit_tokens)
+        """(n_vit, hidden). The tower also runs on no images, so that every parameter always has a gradient and sharded
+        ones are gathered by all ranks alike. Images whose outputs the batch brings along do not pass it."""
+        position_ids = batch.packed_vit_position_ids
+        if position_ids is None:
+            position_ids = torch.zeros(0, dtype=torch.int64, device=like.device)
         if not self.config.visual_und:
-            return like.new_zeros(num_tokens, like.shape[1])  # upstream: rows of absent towers stay zero
-        if batch.packed_vit_tokens is not None and batch.packed_vit_position_ids is not None and num_tokens:
-            pixels, position_ids = batch.packed_vit_tokens.to(like.dtype), batch.packed_vit_position_ids
-            assert batch.vit_token_seqlens is not None
-            lengths = torch.as_tensor(batch.vit_token_seqlens).tolist()
+            return like.new_zeros(len(position_ids), like.shape[1])  # upstream: rows of absent towers stay zero
+        given = batch.vit_features
+        if given is None:
+            outputs = self._tower(batch, position_ids, self._vit_lengths(batch), like)
+        else:
+            lengths = self._vit_lengths(batch)
+            is_given = torch.tensor(batch.vit_is_encoded, device=like.device)
+            rows = is_given.repeat_interleave(torch.tensor(lengths, device=like.device))
+            rest = [length for length, known in zip(lengths, batch.vit_is_encoded or (), strict=True) if not known]
+            computed = self._tower(batch, position_ids[~rows], rest, like)
+            outputs = computed.new_empty(len(position_ids), computed.shape[1])
+            outputs[rows], outputs[~rows] = given.to(computed.dtype), computed
+        return self.connector(outputs) + self.vit_pos_embed(position_ids)
+
+    @staticmethod
+    def _vit_lengths(batch: PackedBatch) -> list[int]:
+        """Patches of each ViT image."""
+        return [] if batch.vit_token_seqlens is None else torch.as_tensor(batch.vit_token_seqlens).tolist()
+
+    def _tower(self, batch: PackedBatch, position_ids: Tensor, lengths: list[int], like: Tensor) -> Tensor:
+        """(n, vit hidden) of ``packed_vit_tokens``: images of so many patches each."""
+        if batch.packed_vit_tokens is not None and lengths:
+            pixels = batch.packed_vit_tokens.to(like.dtype)
         else:
             pixels = like.new_zeros(0, self.vit_model.vision_model.embeddings.patch_embedding.in_features)
-            position_ids, lengths = torch.zeros(0, dtype=torch.int64, device=like.device), []
         if lengths:
             layout = AttentionLayout(lengths, lengths, ["full"] * len(lengths))
             attend = plan_attention(self.vit_attention_kernel, layout, like.device)
         else:
             attend = _no_attention
-        features = self.connector(self.vit_model(pixels, position_ids, attend))
-        return features + self.vit_pos_embed(position_ids)
+        return self.vit_model(pixels, position_ids, attend)
 
     def _checked_latents(self, batch: PackedBatch, latents: Tensor | None) -> Tensor:
         num_tokens = 0 if batch.packed_vae_token_indexes is None else len(batch.packed_vae_token_indexes)

@@ -7,7 +7,6 @@ encodes no image twice. On several GPUs: ``torchrun --nproc-per-node 8 -m echo4o
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,8 @@ import torch
 
 from echo4o.config import ConfigError, RunConfig, load_config, plan_loading, validate
 from echo4o.data.errors import DataError
-from echo4o.data.latent_cache import ENCODERS, Identity, LatentCache, LatentStore, store_folder
+from echo4o.data.latent_cache import ENCODERS, IDENTITY, Identity, store_folder
+from echo4o.data.latent_index import read_index
 from echo4o.data.sources.base import SourceGroup
 from echo4o.data.sources.rows import GroupRows
 from echo4o.model.vae import AutoEncoder
@@ -29,6 +29,7 @@ from echo4o.train.caching.encoders import Encoder, VaeEncoder, file_fingerprint,
 from echo4o.train.caching.filling import Filler
 from echo4o.train.caching.progress import Looking, Progress, duration
 from echo4o.train.caching.survey import Failures, Survey, cacheable, take_survey
+from echo4o.train.caching.vision import vit_encoder
 from echo4o.train.caching.work import Unit, as_bytes, close_store, do_units, is_done, list_units, open_store
 from echo4o.train.data import build_groups, build_tokenizer
 from echo4o.train.engine.single import resolve_device, resolve_dtype
@@ -36,8 +37,6 @@ from echo4o.train.fetching import fetch_model
 from echo4o.train.initialise import architecture_of, vae_file
 from echo4o.train.memory import size_text
 from echo4o.train.processes import Processes
-
-logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
 IMAGES_PER_SHARD = 64
@@ -47,7 +46,7 @@ _HEADER_BYTES = 120
 _PAUSE = 0.2
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cached:
     """What a run of the cache has come to.
 
@@ -72,11 +71,12 @@ def run(
     *,
     overrides: Sequence[str] | Mapping[str, Any] = (),
     dtype: str = "float32",
+    vit: bool = False,
     images_per_shard: int = IMAGES_PER_SHARD,
     dry_run: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Cached:
-    """Cache the VAE moments of every image of a run. Called by all processes of torchrun alike.
+    """Cache what the frozen encoders make of every image of a run. Called by all processes of torchrun alike.
 
     It may be killed at any time and started again, with any number of processes: the shards come out the same. Several
     runs may fill one folder at once.
@@ -86,7 +86,8 @@ def run(
             ``num_workers`` threads that decode.
         out: folder of the cache; by default the settings' ``latent_cache``.
         overrides: settings that overrule those of the file.
-        dtype: of the moments on disk, ``float32`` or ``bfloat16``.
+        dtype: of what is stored, ``float32`` or ``bfloat16``.
+        vit: cache also what the vision encoder makes of images; it must be frozen in this run.
         images_per_shard: of a new unit of work.
         dry_run: only say how much it would be.
         say: prints what the first process has to say; by default to standard output.
@@ -105,10 +106,8 @@ def run(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     processes.start(device)
-    groups, encoder = _prepare(settings, processes, device, dtype)
-    result = _Run(settings, store_folder(folder, encoder.identity.kind), groups, encoder, processes, speak).work(
-        images_per_shard, dry_run
-    )
+    groups, encoders = _prepare(settings, processes, device, dtype, vit)
+    result = _Run(settings, folder, groups, encoders, processes, speak).work(images_per_shard, dry_run)
     processes.close()
     return result
 
@@ -140,9 +139,9 @@ def _checked(
 
 
 def _prepare(
-    settings: RunConfig, processes: Processes, device: torch.device, dtype: str
-) -> tuple[list[SourceGroup], Encoder]:
-    """The data and the VAE of a run."""
+    settings: RunConfig, processes: Processes, device: torch.device, dtype: str, vit: bool
+) -> tuple[list[SourceGroup], list[Encoder]]:
+    """The data and the encoders of a run."""
     plan = plan_loading(settings, None, partial(fetch_model, processes=processes))
     architecture = architecture_of(plan, settings)
     if not architecture.visual_gen:
@@ -155,46 +154,70 @@ def _prepare(
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     fingerprint = processes.broadcast(file_fingerprint(path) if processes.rank == 0 else "")
-    return groups, VaeEncoder(vae, vae_identity(vae, fingerprint, products, dtype))
+    encoders: list[Encoder] = [VaeEncoder(vae, vae_identity(vae, fingerprint, products, dtype))]
+    if vit:
+        encoders.append(vit_encoder(plan, architecture, settings, device, products, dtype))
+    return groups, encoders
 
 
 @dataclass
 class _Run:
     settings: RunConfig
-    folder: Path
+    cache: Path
     groups: Sequence[SourceGroup]
-    encoder: Encoder
+    encoders: Sequence[Encoder]
     processes: Processes
     speak: Callable[[str], None] | None
 
     def work(self, images_per_shard: int, dry_run: bool) -> Cached:
-        identity, processes = self.encoder.identity, self.processes
         sources = cacheable(self.groups)
         survey = self._survey(sources)
-        items = survey.items[identity.kind]
-        num_bytes = _num_bytes(identity, items["key"])
-        known = LatentStore(self.folder).index.has(items["key"]) if (self.folder / "identity.json").exists() else []
-        missing = items["key"][~np.asarray(known, dtype=bool)] if len(known) else items["key"]
-        to_write = _num_bytes(identity, missing)
-        self._announce(survey, len(items), num_bytes, len(missing), to_write)
+        to_write = self._announce(survey)
+        total = Cached(0, 0, 0, 0.0, survey.failures)
+        stores = []
+        for encoder in self.encoders:
+            items, identity = survey.items[encoder.identity.kind], encoder.identity
+            total.num_images += len(items)
+            total.num_bytes += _num_bytes(identity, items["key"])
+            if not dry_run:
+                stores.append((encoder, items, self._units(sources, items, identity, images_per_shard)))
         if dry_run:
-            return Cached(len(items), num_bytes, 0, 0.0, survey.failures)
+            return total
+        require_room(self.cache, to_write)
+        for encoder, items, units in stores:
+            self._do(encoder, items, units, sources, total)
+        if total.failures.counts:
+            self._say(f"not cached, training counts them as bad rows:\n{total.failures.describe()}")
+        return total
+
+    def _units(
+        self, sources: Sequence[GroupRows], items: np.ndarray, identity: Identity, images_per_shard: int
+    ) -> list[Unit]:
+        """What is to be done in a store, which is made if need be; the first process says it to all."""
         units: list[Unit] = []
-        if processes.rank == 0:
-            open_store(self.folder, identity, _rules(sources, identity.kind))
-            _require_room(self.folder, to_write)
-            units = list_units(self.folder, identity, items["key"], images_per_shard)
-        units = processes.broadcast(units)
-        num_encoded = sum(len(unit.keys) for unit in units if not is_done(self.folder, unit))
-        started = time.monotonic()
-        failures = self._fill(units, sources, items)
-        for found in processes.gather(failures):
-            survey.failures.merge(found)
-        if processes.rank == 0:
-            close_store(self.folder, identity)
-        result = Cached(len(items), num_bytes, num_encoded, time.monotonic() - started, survey.failures)
-        self._conclude(result)
-        return result
+        if self.processes.rank == 0:
+            folder = store_folder(self.cache, identity.kind)
+            rules = [rule for source in sources if (rule := source.resize_rules().get(identity.kind)) is not None]
+            open_store(folder, identity, rules)
+            units = list_units(folder, identity, items["key"], images_per_shard)
+        return self.processes.broadcast(units)
+
+    def _do(
+        self, encoder: Encoder, items: np.ndarray, units: list[Unit], sources: Sequence[GroupRows], total: Cached
+    ) -> None:
+        """Fill a store together with the other processes."""
+        folder, started = store_folder(self.cache, encoder.identity.kind), time.monotonic()
+        count = sum(len(unit.keys) for unit in units if not is_done(folder, unit))
+        failures = self._fill(folder, encoder, units, sources, items)
+        for found in self.processes.gather(failures):
+            total.failures.merge(found)
+        if self.processes.rank == 0:
+            close_store(folder, encoder.identity)
+        seconds = time.monotonic() - started
+        total.num_encoded += count
+        total.seconds += seconds
+        rate = f", {count / seconds:.1f} images/s" if count else ""
+        self._say(f"{folder}: {count:,} images encoded in {duration(seconds)}{rate}")
 
     def _survey(self, sources: Sequence[GroupRows]) -> Survey:
         data = self.settings.data
@@ -202,28 +225,41 @@ class _Run:
             self._say(f"not cached, their rows are streamed: {', '.join(left_out)}")
         return take_survey(
             sources,
-            [self.encoder.identity.kind],
+            [encoder.identity.kind for encoder in self.encoders],
             self.processes,
             max_num_tokens=min(data.max_num_tokens_per_sample, data.max_num_tokens),
             num_threads=max(1, data.num_workers),
             on_progress=Looking(self.speak),
         )
 
-    def _announce(self, survey: Survey, num_images: int, num_bytes: int, num_missing: int, to_write: int) -> None:
-        identity = self.encoder.identity
-        self._say(
-            f"{survey.num_rows:,} rows hold {num_images:,} distinct images and sizes: {size_text(num_bytes)} of "
-            f"{ENCODERS[identity.kind]} outputs in {identity.stored}. {num_images - num_missing:,} are in "
-            f"{self.folder}, {num_missing:,} to be encoded ({size_text(to_write)})"
-        )
-        if identity.products == "bfloat16" and identity.stored == "float32":
-            self._say("products are bfloat16 in this run: stored in bfloat16 the same values take half the room")
+    def _announce(self, survey: Survey) -> int:
+        """Say what there is and what it will take; returns the bytes to be written."""
+        total = 0
+        self._say(f"{survey.num_rows:,} rows")
+        for encoder in self.encoders:
+            identity, keys = encoder.identity, survey.items[encoder.identity.kind]["key"]
+            folder = store_folder(self.cache, identity.kind)
+            missing = keys
+            if (folder / IDENTITY).exists():
+                missing = keys[~read_index(folder, identity.num_bytes).has(keys)]
+            to_write = _num_bytes(identity, missing)
+            total += to_write
+            self._say(
+                f"{len(keys):,} distinct images and sizes for the {ENCODERS[identity.kind]}: "
+                f"{size_text(_num_bytes(identity, keys))} in {identity.stored}; {len(keys) - len(missing):,} are in "
+                f"{folder}, {len(missing):,} are to be encoded ({size_text(to_write)})"
+            )
+        first = self.encoders[0].identity
+        if first.products == "bfloat16" and first.stored == "float32":
+            self._say("products are bfloat16 in this run: moments in bfloat16 are the same numbers in half the room")
         if survey.num_too_long:
-            self._say(f"{survey.num_too_long:,} rows are longer than max_num_tokens_per_sample: left out")
+            self._say(f"left out, longer than max_num_tokens_per_sample: {survey.num_too_long:,} rows")
+        return total
 
-    def _fill(self, units: Sequence[Unit], sources: Sequence[GroupRows], items: np.ndarray) -> Failures:
-        processes = self.processes
-        progress = Progress(self.folder, units, self.speak)
+    def _fill(
+        self, folder: Path, encoder: Encoder, units: Sequence[Unit], sources: Sequence[GroupRows], items: np.ndarray
+    ) -> Failures:
+        processes, progress = self.processes, Progress(folder, units, self.speak)
         threads = max(1, self.settings.data.num_workers)
         first = len(units) * processes.rank // processes.world_size
 
@@ -231,18 +267,9 @@ class _Run:
             progress.tick()
             time.sleep(_PAUSE)
 
-        with contextlib.closing(Filler(self.folder, self.encoder, sources, items, threads, progress)) as filler:
-            do_units(self.folder, units, filler, first, wait)
+        with contextlib.closing(Filler(folder, encoder, sources, items, threads, progress)) as filler:
+            do_units(folder, units, filler, first, wait)
         return filler.failures
-
-    def _conclude(self, result: Cached) -> None:
-        rate = f", {result.num_encoded / result.seconds:.1f} images/s" if result.seconds and result.num_encoded else ""
-        self._say(
-            f"{self.folder}: {result.num_images:,} images, {size_text(result.num_bytes)}; {result.num_encoded:,} "
-            f"encoded in {duration(result.seconds)}{rate}"
-        )
-        if result.failures.counts:
-            self._say(f"not cached, training counts them as bad rows:\n{result.failures.describe()}")
 
     def _say(self, text: str) -> None:
         if self.speak is not None:
@@ -254,45 +281,10 @@ def _num_bytes(identity: Identity, keys: np.ndarray) -> int:
     return sum(identity.num_bytes(key) + _HEADER_BYTES for key in as_bytes(keys))
 
 
-def _rules(sources: Sequence[GroupRows], kind: str) -> list[Mapping[str, Any]]:
-    return [rule for source in sources if (rule := source.resize_rules().get(kind)) is not None]
-
-
-def _require_room(folder: Path, num_bytes: int) -> None:
+def require_room(folder: Path, num_bytes: int) -> None:
+    """Raises DataError if the disk lacks room."""
     if (free := shutil.disk_usage(folder).free) < num_bytes:
         raise DataError(
             f"{folder} needs {size_text(num_bytes)} more, {size_text(free)} are free. Choose another --out, or --dtype "
             "bfloat16, which takes half the room."
         )
-
-
-# ---------------------------------------------------------------- training
-
-
-def use_cache(
-    settings: RunConfig,
-    groups: Sequence[SourceGroup],
-    vae: AutoEncoder | None,
-    vae_path: Path | None,
-    products: torch.dtype,
-    processes: Processes,
-) -> LatentCache | None:
-    """Let the sources take from ``latent_cache`` what is there. Called by all ranks alike, before any worker starts.
-
-    Raises:
-        DataError: if there is no cache, or it was made with another VAE, other products or other resize rules.
-    """
-    folder = settings.data.latent_cache
-    if not folder or vae is None or vae_path is None:
-        return None
-    fingerprint = processes.broadcast(file_fingerprint(vae_path) if processes.rank == 0 else "")
-    store = LatentStore(store_folder(Path(folder).expanduser().resolve(), "vae_image"))
-    store.require(vae_identity(vae, fingerprint, products))
-    sources = {group.name: group.source for group in groups if isinstance(group.source, GroupRows)}
-    rules = {name: source.resize_rules().get("vae_image") for name, source in sources.items()}
-    store.require_rules({name: rule for name, rule in rules.items() if rule is not None})
-    logger.info("latent_cache %s holds %d images", folder, len(store.index))
-    cache = LatentCache({"vae_image": store}, settings.data.latent_cache_strict)
-    for source in sources.values():
-        source.cache = cache
-    return cache

@@ -53,7 +53,8 @@ def encode_batch(vae: AutoEncoder, batch: PackedBatch, latent_patch_size: int) -
 
 
 class LatentCounts:
-    """Distinct images of the packs since the last `reset`: taken from ``latent_cache``, or encoded for want of it.
+    """Images of the packs since the last `reset`: taken from ``latent_cache``, or encoded for want of it. An image that
+    is laid down several times counts once for the VAE.
 
     Args:
         cache: its folder; nothing is counted without one.
@@ -65,7 +66,7 @@ class LatentCounts:
         self.reset()
 
     def reset(self) -> None:
-        self.num_cached = self.num_encoded = 0
+        self.num_cached = self.num_encoded = self.num_vit_cached = self.num_vit_encoded = 0
 
     def add(self, batches: Sequence[PackedBatch]) -> None:
         """The first image that the cache lacks is reported with its pack."""
@@ -75,6 +76,9 @@ class LatentCounts:
             missing = len(batch.vae_images or ())
             self.num_cached += len(batch.vae_moments or ())
             self.num_encoded += missing
+            cached = sum(batch.vit_is_encoded or ())
+            self.num_vit_cached += cached
+            self.num_vit_encoded += (0 if batch.vit_token_seqlens is None else len(batch.vit_token_seqlens)) - cached
             if missing and not self.has_warned:
                 self.has_warned = True
                 logger.warning(
@@ -89,4 +93,9 @@ class LatentCounts:
         """For the metrics."""
         if self.cache is None:
             return {}
-        return {"data/latents_cached": self.num_cached, "data/latents_encoded": self.num_encoded}
+        return {
+            "data/latents_cached": self.num_cached,
+            "data/latents_encoded": self.num_encoded,
+            "data/vit_cached": self.num_vit_cached,
+            "data/vit_encoded": self.num_vit_encoded,
+        }

@@ -27,13 +27,13 @@ from echo4o.model import BagelConfig
 from echo4o.model.attention import KernelError, resolve_kernel
 from echo4o.model.vae import WEIGHTS_FILE, AutoEncoder
 from echo4o.train.banner import banner, lora_text
+from echo4o.train.caching.using import use_cache
 from echo4o.train.data import build_groups, build_loader, build_tokenizer
 from echo4o.train.ema import EMA
 from echo4o.train.engine import Engine, build_engine
 from echo4o.train.engine.single import resolve_device
 from echo4o.train.fetching import fetch_base, fetch_model
 from echo4o.train.initialise import InitialModel, architecture_of, initial_model
-from echo4o.train.latent_cache import use_cache
 from echo4o.train.liveness import Liveness
 from echo4o.train.memory import (
     MemoryEstimate,
@@ -56,6 +56,7 @@ from echo4o.train.reading import cast_frozen
 from echo4o.train.row_log import RowLog
 from echo4o.train.stopping import remove_stop_marker
 from echo4o.train.throughput import Throughput, find_peak_tflops
+from echo4o.train.validation import Validation, build_validation
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Run:
     frozen_file: Path | None = None
     row_log: RowLog | None = None
     adapters: AdapterConfig | None = None
+    validation: Validation | None = None
 
     @property
     def total_steps(self) -> int:
@@ -159,8 +161,8 @@ def set_up(config: RunConfig, processes: Processes, device: torch.device, livene
     tokenizer, special_tokens = build_tokenizer(plan)
     groups = build_groups(config, architecture, tokenizer, special_tokens)
     loader = build_loader(config, architecture, special_tokens, groups, engine, packs_per_rank)
+    validation = build_validation(config, architecture, tokenizer, special_tokens, processes)
     vae, vae_path = build_vae(plan, config, architecture, engine)
-    use_cache(config, groups, vae, vae_path, engine.compute_dtype, processes)
     initial = initial_model(plan, architecture, config)
     model, model_config = initial.model, initial.config
     fit_vocabulary(model, tokenizer, special_tokens)
@@ -171,6 +173,7 @@ def set_up(config: RunConfig, processes: Processes, device: torch.device, livene
         compile_blocks(model)
     dtypes = initial.reader.dtypes() if initial.reader is not None else {}
     cast_frozen(model, dtypes, training.frozen_dtype, engine.compute_dtype)
+    use_cache(config, groups, (vae, vae_path), (model, initial.reader), engine.compute_dtype, processes)
     memory = memory_of_a_rank(engine, initial, config)
     unexpected = place(engine, initial, config, liveness)
     ema = EMA(engine.trained(), training.ema, training.ema_bias_correction, training.ema_offload)
@@ -195,6 +198,7 @@ def set_up(config: RunConfig, processes: Processes, device: torch.device, livene
         ),
         packs_per_rank=packs_per_rank,
         adapters=adapter_config(plan, initial, config, adapted),
+        validation=validation,
     )
     if plan.resume_from:
         _resume(run, plan.resume_from)
@@ -369,6 +373,9 @@ def _banner(
         facts["LoRA"] = lora_text(
             lora.rank, lora.alpha, lora.dropout, split_names(training.lora_targets), lora.target_modules
         )
+    if run.validation is not None:
+        sets = ", ".join(run.validation.data_sets)
+        facts["validation"] = f"every {training.eval_every} steps, {run.validation.num_rows} rows of {sets}"
     if pack_note:
         facts["packs"] = pack_note
     if notes := getattr(engine, "notes", []):

@@ -152,3 +152,39 @@ def test_broken_images_are_named_and_left_out(settings: dict[str, Any], tmp_path
         max_bad_row_share=0.9,
     )
     assert any(name.startswith("data/bad") for name in cached[-1])
+
+
+def test_outputs_of_a_frozen_vision_encoder(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the vision encoder trains in this run(?s:.*)--freeze_vit True"):
+        cache(settings, tmp_path / "cache", vit=True)
+    frozen = {**settings, "freeze_vit": True, "total_steps": 4}
+    write_run(tmp_path, num_rows=3)
+    cache(frozen, tmp_path / "cache", vit=True)
+    write_run(tmp_path)
+    plain = trained(frozen, tmp_path / "plain")
+    partly = trained(frozen, tmp_path / "partly", latent_cache=str(tmp_path / "cache"))
+    assert sum(r["data/vit_cached"] for r in partly) > 0 < sum(r["data/vit_encoded"] for r in partly)
+    cache(frozen, tmp_path / "cache", vit=True)
+    wholly = trained(frozen, tmp_path / "wholly", latent_cache=str(tmp_path / "cache"), latent_cache_strict=True)
+    assert not sum(r["data/vit_encoded"] + r["data/latents_encoded"] for r in wholly)
+    for records in (partly, wholly):
+        for one, other in zip(plain, records, strict=True):
+            assert other["mse"] == pytest.approx(one["mse"], rel=1e-5)
+            assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+    resumed = {**frozen, "total_steps": 6, "auto_resume": True, "latent_cache": str(tmp_path / "cache")}
+    again = trained(resumed, tmp_path / "wholly")
+    assert len(again) == 6 and again[-1]["data/vit_encoded"] == 0
+    training = trained({**settings, "total_steps": 1}, tmp_path / "trains", latent_cache=str(tmp_path / "cache"))
+    assert training[0]["data/vit_cached"] == 0 < training[0]["data/latents_cached"]
+
+
+def test_another_vision_encoder_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    frozen = {**settings, "lora_rank": 2}
+    cache(frozen, tmp_path / "cache", vit=True)
+    path = Path(settings["init_from"]) / "model.safetensors"
+    weights = load_file(path)
+    weights["vit_model.vision_model.encoder.layers.0.layer_norm1.bias"] += 1e-3
+    save_file(weights, path)
+    with pytest.raises(DataError, match="stale: the weights of the vision encoder"):
+        trained(frozen, tmp_path / "out", latent_cache=str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""A run of a dozen small rows and its cache, also as a process that can be killed: ``python -m …small_cache argument``."""
+"""A run of a dozen small rows and its cache, also as a process that can be killed."""
 
 from __future__ import annotations
 
