@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from echo4o.cli.errors import let_threads_rest, report_errors
-from echo4o.config import flag_help, load_config
+from echo4o.config import RunConfig, flag_help, load_config
+
+if TYPE_CHECKING:
+    from echo4o.train.evaluating import Sampler
 
 verbs = typer.Typer()
 
@@ -39,6 +44,22 @@ def run_training(argv: Sequence[str]) -> int:
         config = load_config(argv)
         from echo4o.train.trainer import train as start  # torch and transformers: seconds
 
-        start(config)
+        start(config, sampler_of(config))
 
     return report_errors(work)
+
+
+def sampler_of(config: RunConfig) -> Sampler | None:
+    """What draws the run's ``eval_requests``; None without any.
+
+    Raises:
+        ConfigError: if the requests cannot be used.
+    """
+    training = config.training
+    if not training.eval_every or not training.eval_requests:
+        return None
+    if not Path(training.eval_requests).expanduser().is_file():
+        return None  # the check of all settings says so, beside all else that is wrong
+    from echo4o.evaluate.during_training import RequestSampler
+
+    return RequestSampler(training.eval_requests, training.results_dir)

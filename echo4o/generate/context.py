@@ -106,9 +106,11 @@ class KVPool:
 
     def __init__(self, model: Bagel, capacity: int = 0) -> None:
         llm = model.config.llm
-        weight = model.language_model.model.norm.weight
+        dtype, device = model.language_model.model.norm.weight.dtype, model.device
+        if torch.is_autocast_enabled(device.type):  # a model that is being trained: its weights are float32
+            dtype = torch.get_autocast_dtype(device.type)
         shape = (capacity, llm.num_key_value_heads, llm.head_dim)
-        self.keys = [weight.new_empty(shape, device=model.device) for _ in range(llm.num_hidden_layers)]
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(llm.num_hidden_layers)]
         self.values = [torch.empty_like(keys) for keys in self.keys]
         self.length = 0
 

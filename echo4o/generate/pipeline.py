@@ -126,17 +126,19 @@ class Echo4oPipeline:
         assets: str | Path,
         device: torch.device | str | None = None,
         tokenizer: Tokenizer | None = None,
+        vae: AutoEncoder | None = None,
     ) -> Echo4oPipeline:
         """Around a model in memory.
 
         Args:
             assets: folder with the tokenizer and the autoencoder.
             device: of the autoencoder; the model's by default.
-            tokenizer: used instead of the folder's.
+            tokenizer, vae: used instead of the folder's.
         """
         config = model.config
         tokenizer = load_tokenizer(assets) if tokenizer is None else tokenizer
-        vae = AutoEncoder.from_pretrained(assets, device=device or model.device) if config.visual_gen else None
+        if vae is None and config.visual_gen:
+            vae = AutoEncoder.from_pretrained(assets, device=device or model.device)
         side = config.max_latent_size * (config.latent_downsample or 16)
         vit = config.vit_max_num_patch_per_side * (config.vit.patch_size if config.vit else 14)
         # BAGEL's published transforms, within what the position tables of a smaller model hold.

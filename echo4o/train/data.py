@@ -29,12 +29,25 @@ def build_groups(
     Raises:
         DataError: if the YAML or the data it names cannot be used.
     """
-    path, info = Path(config.data.dataset_config_file), config.data.dataset_info
-    cache_dir = config.data.data_cache_dir
-    context = SourceContext(
+    path = Path(config.data.dataset_config_file)
+    context = source_context(config, architecture, tokenizer, special_tokens, path, config.data.data_seed)
+    return build_sources(read_dataset_config(path), context)
+
+
+def source_context(
+    config: RunConfig,
+    architecture: BagelConfig,
+    tokenizer: Tokenizer,
+    special_tokens: SpecialTokens,
+    path: Path,
+    data_seed: int,
+) -> SourceContext:
+    """What the groups of a YAML at `path` need to know of the run and its model."""
+    info, cache_dir = config.data.dataset_info, config.data.data_cache_dir
+    return SourceContext(
         tokenizer=tokenizer,
         special_tokens=special_tokens,
-        data_seed=config.data.data_seed,
+        data_seed=data_seed,
         base_dir=path.resolve().parent,
         limits=Limits(
             max_latent_size=architecture.max_latent_size,
@@ -48,7 +61,6 @@ def build_groups(
         visual_und=architecture.visual_und,
         cache_dir=Path(cache_dir).expanduser().resolve() if cache_dir else None,
     )
-    return build_sources(read_dataset_config(path), context)
 
 
 def build_loader(
@@ -60,25 +72,8 @@ def build_loader(
     packs_per_rank: int = 1,
 ) -> PackedLoader:
     """The stream of packed batches for this rank, which takes `packs_per_rank` of them an optimiser step."""
-    model, data = config.model, config.data
-    packer = Packer(
-        PackingConfig(
-            bos_token_id=special_tokens.bos_token_id,
-            eos_token_id=special_tokens.eos_token_id,
-            start_of_image=special_tokens.start_of_image,
-            end_of_image=special_tokens.end_of_image,
-            latent_downsample=architecture.latent_downsample if architecture.vae else 16,
-            latent_patch_size=architecture.latent_patch_size,
-            max_latent_size=architecture.max_latent_size,
-            vit_patch_size=architecture.vit.patch_size if architecture.vit else model.vit_patch_size,
-            vit_max_num_patch_per_side=architecture.vit_max_num_patch_per_side,
-            interpolate_pos=architecture.interpolate_pos,
-            text_cond_dropout_prob=model.text_cond_dropout_prob,
-            vae_cond_dropout_prob=model.vae_cond_dropout_prob,
-            vit_cond_dropout_prob=model.vit_cond_dropout_prob,
-            all_refs_dropout_prob=model.all_refs_dropout_prob,
-        )
-    )
+    data = config.data
+    packer = Packer(packing_config(config, architecture, special_tokens))
     loader_config = LoaderConfig(
         expected_num_tokens=config.training.expected_num_tokens,
         max_num_tokens=data.max_num_tokens,
@@ -92,3 +87,24 @@ def build_loader(
         pin_memory=engine.device.type == "cuda",
     )
     return PackedLoader(groups, packer, loader_config, engine.rank, engine.world_size, packs_per_rank)
+
+
+def packing_config(config: RunConfig, architecture: BagelConfig, special_tokens: SpecialTokens) -> PackingConfig:
+    """Token ids, grids and dropout of the run."""
+    model = config.model
+    return PackingConfig(
+        bos_token_id=special_tokens.bos_token_id,
+        eos_token_id=special_tokens.eos_token_id,
+        start_of_image=special_tokens.start_of_image,
+        end_of_image=special_tokens.end_of_image,
+        latent_downsample=architecture.latent_downsample if architecture.vae else 16,
+        latent_patch_size=architecture.latent_patch_size,
+        max_latent_size=architecture.max_latent_size,
+        vit_patch_size=architecture.vit.patch_size if architecture.vit else model.vit_patch_size,
+        vit_max_num_patch_per_side=architecture.vit_max_num_patch_per_side,
+        interpolate_pos=architecture.interpolate_pos,
+        text_cond_dropout_prob=model.text_cond_dropout_prob,
+        vae_cond_dropout_prob=model.vae_cond_dropout_prob,
+        vit_cond_dropout_prob=model.vit_cond_dropout_prob,
+        all_refs_dropout_prob=model.all_refs_dropout_prob,
+    )

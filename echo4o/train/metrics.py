@@ -8,7 +8,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
 
 from echo4o.config import ConfigError
 
@@ -22,6 +25,13 @@ class Sink(Protocol):
     def write(self, step: int, values: Mapping[str, Any]) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class PictureSink(Protocol):
+    """A sink that also shows pictures."""
+
+    def write_pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None: ...
 
 
 class MetricsFile:
@@ -92,6 +102,11 @@ class TensorBoardSink:
                 self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def write_pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
+        for name, picture in pictures.items():
+            self._writer.add_image(f"samples/{name}", np.asarray(picture), step, dataformats="HWC")
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -131,6 +146,11 @@ class WandbSink:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log(dict(values), step=step)
 
+    def write_pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self._run.log({f"samples/{name}": wandb.Image(picture) for name, picture in pictures.items()}, step=step)
+
     def close(self) -> None:
         self._run.finish()
 
@@ -153,6 +173,9 @@ def plot_losses(metrics: str | Path, target: str | Path) -> Path | None:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
         axes.plot(steps, _smoothed(values), color=colour, linewidth=2, label=name)
         drawn += 1
+        held_out = [(r["step"], r[f"val/{name}"]) for r in records if isinstance(r.get(f"val/{name}"), int | float)]
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o--", color=colour, markersize=4, label=f"{name}, validation")
     if not drawn:
         return None
     axes.set(xlabel="step", ylabel="loss")

@@ -13,11 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from echo4o.model import Bagel
 
+#: What drawing calls on the model besides its forward pass: weights are gathered for these too.
+DRAWING_METHODS = ("hidden_states", "latent_features", "velocity")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 _ATTENTION = (
     "_scaled_dot_product_flash_attention",
@@ -93,6 +101,8 @@ def shard(
         cast_forward_inputs=False,
     )
     fully_shard(model, mp_policy=root_precision, reshard_after_forward=False, **options)
+    for name in DRAWING_METHODS:
+        register_fsdp_forward_method(model, name)
     if not prefetch:
         for unit in units:
             assert isinstance(unit, FSDPModule)

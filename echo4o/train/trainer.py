@@ -21,6 +21,7 @@ from echo4o.checkpoint.writer import Progress, Saved
 from echo4o.config import RunConfig
 from echo4o.packed import PackedBatch
 from echo4o.train.console import ConsoleProgress
+from echo4o.train.evaluating import Evaluator, Sampler
 from echo4o.train.failures import reporting_failures
 from echo4o.train.latents import LatentCounts, encode_batch
 from echo4o.train.liveness import Liveness
@@ -48,8 +49,11 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, sampler: Sampler | None = None) -> None:
     """Run a training from its settings to its last checkpoint.
+
+    Args:
+        sampler: draws ``eval_requests`` at every evaluation.
 
     Raises:
         echo4o.config.ConfigError: for settings that cannot work, before any training.
@@ -78,7 +82,7 @@ def train(config: RunConfig) -> None:
                 run = set_up(config, processes, device, liveness)
                 console = ConsoleProgress(run.total_steps, run.step, enabled=run.engine.rank == 0)
                 with contextlib.closing(run), console, reporting_failures(processes, liveness):
-                    Trainer(run, console, stop, liveness).fit()
+                    Trainer(run, console, stop, liveness, sampler).fit()
             processes.close()
 
 
@@ -97,7 +101,9 @@ class StepResult:
 class Trainer:
     """The loop over a `Run`."""
 
-    def __init__(self, run: Run, console: ConsoleProgress, stop: StopRequest, liveness: Liveness) -> None:
+    def __init__(
+        self, run: Run, console: ConsoleProgress, stop: StopRequest, liveness: Liveness, sampler: Sampler | None = None
+    ) -> None:
         self.run = run
         self.config = run.config.training
         self.console = console
@@ -105,6 +111,7 @@ class Trainer:
         self.liveness = liveness
         self.work_seconds = 0.0
         self.workers_started = False
+        self.evaluator = Evaluator(run, console.say, liveness, self.should_stop, sampler)
         self.latents = LatentCounts(run.config.data.latent_cache if run.vae is not None else None)
         self.writer = run.checkpoint_writer(lambda: liveness.progress(run.step, "save"))
         self.breakdown = LossBreakdown()
@@ -120,6 +127,7 @@ class Trainer:
         if self.should_stop():
             self.stopped(None)
             return
+        self.evaluator.begin()
         batches = iter(run.loader)
         for step in range(run.step + 1, run.total_steps + 1):
             self.liveness.progress(step, "data")
@@ -145,7 +153,12 @@ class Trainer:
             if step % self.config.save_every == 0 and step < run.total_steps:
                 self.save()
             self.report(self.writer.poll())
+            if step < run.total_steps:
+                self.evaluator.after(step)
         self.save(last=True)
+        self.evaluator.after(run.total_steps)
+        if not self.evaluator.is_idle:
+            self.plot()
 
     # ------------------------------------------------------------ one step
 
@@ -296,8 +309,7 @@ class Trainer:
                     raise
                 logger.warning("%s; training goes on, the previous checkpoint is untouched", error)
             self.report(self.writer.wait() if last else self.writer.poll())
-            if run.engine.rank == 0:
-                self.plot()
+            self.plot()
 
     def stopped(self, step: int | None) -> None:
         """Say where a stopped run goes on, to people and in ``stopped.json``."""
@@ -318,6 +330,8 @@ class Trainer:
             self.console.say(f"saved {saved.folder} in {saved.seconds:.1f} s (training waited {saved.stalled:.1f} s)")
 
     def plot(self) -> None:
+        if self.run.engine.rank:
+            return
         metrics = self.run.metrics_path
         try:
             plot_losses(metrics, metrics.with_name(PLOT_FILE))

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 Say = Callable[[str], None]
 RUN_CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+SHEETS = "samples/*/sheet.png"
 #: Tensors that are compared number by number after writing (all of them are by their hash).
 _NUM_SAMPLES = 16
 
@@ -51,7 +52,7 @@ class ExportRequest:
         max_shard_size: of layout ``hf``.
         max_latent_size: side of a larger position table.
         revision: of a hub name.
-        grid: picture for the card.
+        grid: picture for the card; by default what the run drew while training, if it did.
         evaluation: JSON file with scores for the card.
         datasets: hub names of the data sets, for the card.
         forward: compare a forward pass with the checkpoint's; None does where the model fits into memory.
@@ -227,12 +228,13 @@ def _outputs_of(source: Source, dtype: str) -> dict[str, Tensor]:
 def _write_card(request: ExportRequest, folder: Path, partial: Path, provenance: Provenance) -> None:
     path = folder / RUN_CONFIG
     config = path.read_text(encoding="utf-8") if path.is_file() else None
+    run = _results_of(folder, config)
     write_card(
         partial,
         provenance,
-        run=_results_of(folder, config),
+        run=run,
         config=config,
-        grid=request.grid,
+        grid=request.grid or _drawn_while_training(run, provenance.step),
         evaluation=request.evaluation,
         datasets=tuple(request.datasets),
     )
@@ -243,6 +245,15 @@ def _results_of(folder: Path, config: str | None) -> Path | None:
     stated = (yaml.safe_load(config) or {}).get("results_dir") if config else None
     candidates = [folder.parent.parent, folder.parent, *([Path(stated)] if isinstance(stated, str) else [])]
     return next((path for path in candidates if (path / METRICS).is_file()), None)
+
+
+def _drawn_while_training(run: Path | None, step: int | None) -> Path | None:
+    """The newest contact sheet that the run drew of this checkpoint's step or before (``eval_requests``)."""
+    if run is None:
+        return None
+    sheets = {int(path.parent.name): path for path in run.glob(SHEETS) if path.parent.name.isdigit()}
+    steps = [number for number in sheets if step is None or number <= step]
+    return sheets[max(steps)] if steps else None
 
 
 def _report(request: ExportRequest, provenance: Provenance, say: Say) -> None:

@@ -131,6 +131,13 @@ class GroupRows:
         """Every image segment that some epoch may lay down for a row, by its index. Raises RowError."""
         return self._drafted(index, self._planner.images)
 
+    def rows_of_data_sets(self) -> list[tuple[str, range]]:
+        """Each data set's name and the indexes of its rows, as in an `Address`."""
+        starts = [0, *self._ends[:-1]]
+        return [
+            (part.name, range(start, end)) for part, start, end in zip(self._data_sets, starts, self._ends, strict=True)
+        ]
+
     @property
     def images_vary(self) -> bool:
         """Whether an epoch lays down only some of `images`."""

@@ -257,7 +257,7 @@ class DeepSpeedEngine(SingleProcessEngine):
             self.optimizer.state[self._partitions.masters[group]]["step"].fill_(float(max(numbers)))
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def refresh_weights(self) -> None:
         self._partitions.refresh()
 
 

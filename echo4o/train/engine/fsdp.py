@@ -143,6 +143,12 @@ class FSDPEngine(SingleProcessEngine):
             elif self.num_replicate > 1:
                 self.module.set_requires_all_reduce(True)
 
+    def refresh_weights(self) -> None:
+        """After a forward pass without a backward one, what is not resharded still holds gathered weights."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def backward(self, loss: Tensor | None) -> None:
         assert loss is not None and loss.requires_grad, "every rank takes part in every exchange of gradients"
         # FSDP2 averages over ranks; the trainer's losses are shares of a sum.

@@ -128,6 +128,10 @@ class Engine(Protocol):
         """After pieces were filled: make every derived copy (bf16 weights of ZeRO, …) agree with them."""
         ...
 
+    def refresh_weights(self) -> None:
+        """The same where only pieces of `trained` were filled: what the optimiser keeps is not looked at."""
+        ...
+
     # ------------------------------------------------------------ whole tensors
 
     def consolidate(self, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:

@@ -167,6 +167,10 @@ class SingleProcessEngine:
         for slot, copy in self._quantised.values():
             _local(slot).copy_(copy)
         self._quantised.clear()
+        self.refresh_weights()
+
+    def refresh_weights(self) -> None:
+        pass  # the model's own parameters are the pieces
 
     # ------------------------------------------------------------ whole tensors
 
