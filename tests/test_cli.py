@@ -106,3 +106,14 @@ def test_upstream_script_starts_the_same_thing():
         outputs.append(done.stderr.strip().splitlines()[-1])
     assert outputs[0] == outputs[1]
     assert "dataset_config_file is no/such.yaml (command line), which is not a file" in outputs[0]
+
+
+def test_every_benchmark_is_a_verb():
+    from echo4o.cli.evaluation import BENCHMARKS
+    from echo4o.evaluate.benchmarks import BENCHMARKS as KNOWN
+
+    assert set(BENCHMARKS) == set(KNOWN)
+    listed = runner.invoke(cli.app, ["eval", "list"])
+    assert listed.exit_code == 0 and all(name in listed.output for name in BENCHMARKS)
+    wrong = runner.invoke(cli.app, ["eval", "geneval++", "--out", "nowhere", "--set", "num_timesteps"])
+    assert wrong.exit_code == 2 and "write NAME=VALUE" in wrong.output

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from echo4o.cli import data, folders, generation, training
+from echo4o.cli import data, evaluation, folders, generation, training
 from echo4o.cli.training import run_training
 
 __all__ = ["app", "main", "run_training"]
@@ -22,6 +22,7 @@ app = typer.Typer(
 for verbs in (training, generation, folders):
     app.add_typer(verbs.verbs)
 app.add_typer(data.verbs, name="data")
+app.add_typer(evaluation.verbs, name="eval")
 
 
 def main() -> None:
