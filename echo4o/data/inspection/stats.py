@@ -82,7 +82,7 @@ class _CountingPacker(Packer):
         return CountedPack(length, plans, tuple(self._kept(plan) for plan in plans))  # type: ignore[arg-type]
 
     def _kept(self, plan: RowPlan) -> tuple[bool, ...]:
-        return tuple(not drop for drop in self.decide(plan.segments, plan.seed).dropped)
+        return tuple(not drop for drop in self.decide(plan.segments, plan.seed, plan.dropout).dropped)
 
 
 @dataclass
