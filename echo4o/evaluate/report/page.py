@@ -106,7 +106,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
         bits = [f"model {', '.join(models)}"] if models else []
         bits += [f"judged by {', '.join(judges)}"] if judges else []
         bits += [counted(sum(len(result.entries) for result in results), "item")]
-        name = f"{tables.run_name(runs, number)} " if len(runs) > 1 else ""
+        name = f"{tables.run_name(runs, number)} · " if len(runs) > 1 else ""
         lines.append(f'<p class="soft">{name}{escape(" · ".join(bits))}</p>')
     return "".join(lines)
 

@@ -207,6 +207,7 @@ footer {
   .stack tr > * { border: 0; padding: .1rem 0 }
   .stack tr > th, .stack td.wide { grid-column: 1 / -1; width: auto }
   .stack td.n { text-align: left }
+  .stack td.n + td:not(.n) { padding-left: 0 }
   .stack td[data-name]::before {
     content: attr(data-name); display: block; font-size: .78rem; font-weight: 400; color: var(--soft);
   }
