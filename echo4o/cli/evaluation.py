@@ -132,13 +132,16 @@ def _values(pairs: Mapping[str, str]) -> dict[str, Any]:
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs; several are compared.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the report; default: the first run's.")] = None,
+    link_images: Annotated[
+        bool, typer.Option("--link-images", help="Show the pictures' files; the page must then stay where it is.")
+    ] = False,
 ) -> None:
     """One page for one run, or several side by side with tests of their differences; Markdown and JSON too."""
 
     def work() -> None:
         from echo4o.evaluate.report import write_report
 
-        for path in write_report(runs, out or runs[0]):
+        for path in write_report(runs, out or runs[0], embed=not link_images):
             typer.echo(path)
 
     raise typer.Exit(report_errors(work, also=(ValueError, OSError)))

@@ -62,4 +62,4 @@ def sampler_of(config: RunConfig) -> Sampler | None:
         return None  # the check of all settings says so, beside all else that is wrong
     from echo4o.evaluate.during_training import RequestSampler
 
-    return RequestSampler(training.eval_requests, training.results_dir)
+    return RequestSampler(training.eval_requests, Path(training.results_dir).name)
