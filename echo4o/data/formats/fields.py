@@ -87,8 +87,12 @@ class FieldParser:
             raise RowError("no images", detail=columns_found(values))
         if self.only_kind or not references:
             return self.only_kind or "t2i"
-        task = str(values.get("task_type") or "").lower()
-        return "edit" if len(references) == 1 and (self.single_is_edit or "edit" in task) else "multi_ref"
+        is_edit = "edit" in str(values.get("task_type") or "").lower()
+        if len(references) == 1:
+            return "edit" if is_edit or self.single_is_edit else "multi_ref"
+        # A chain of edits has an instruction for every step; an edit with several references has one.
+        steps = self._first(values, "instruction", INSTRUCTION)[1] if is_edit else None
+        return "edit" if isinstance(steps, list) and len(steps) == len(references) else "multi_ref"
 
     def images(self, values: Mapping[str, Any]) -> tuple[list[Any], Any, tuple[str, ...]]:
         """References in order, the target (``None`` if there is none), and the columns that hold them."""

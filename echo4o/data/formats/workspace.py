@@ -15,8 +15,9 @@ from typing import Any
 from echo4o.data.errors import DataError
 from echo4o.data.formats.writers.base import sync_file
 
-#: Folder of the data set that tells where it comes from and what was left out.
-REPORT_FOLDER = "conversion"
+#: Folder of the data set that tells where it comes from and what was left out. Hidden, since readers that look for rows
+#: below a folder would take its JSON for some.
+REPORT_FOLDER = ".conversion"
 SUMMARY = f"{REPORT_FOLDER}/summary.json"
 SKIPPED = f"{REPORT_FOLDER}/skipped.jsonl"
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -130,11 +129,6 @@ def finish(finishing: Finishing) -> None:
             finishing.write(f"{group}_parquet_info.json", json.dumps(info, indent=2) + "\n")
             entries[kind]["parquet_info_path"] = f"{group}_parquet_info.json"
     write_dataset_yaml(finishing, entries, num_used={kind: len(finishing.kinds[kind].files) for kind in entries})
-
-
-def group_folder(data_set: Path, kind: str) -> Path:
-    """Where a converted data set keeps the parquet files of a kind."""
-    return data_set / GROUP_OF_KIND[kind]
 
 
 TARGET = Target(

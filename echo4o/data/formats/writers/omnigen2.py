@@ -42,7 +42,7 @@ class OmniGen2Part:
                 record,
                 *(
                     {**task, "instruction": text, "input_images": [source], "output_image": result, **extra}
-                    for text, source, result in zip(texts, paths, paths[1:], strict=False)
+                    for text, source, result in zip(texts, paths[:-1], paths[1:], strict=True)
                 ),
             )
             return
@@ -59,7 +59,7 @@ class OmniGen2Part:
 
     def _texts(self, record: Record) -> list[str]:
         if record.kind == "edit":
-            nested = nested_instructions(record, self._place)[: len(record.references)]
+            nested = nested_instructions(record, self._place)
             return [one_text(phrases, self._place) for phrases in nested]
         if record.kind == "multi_ref":
             return [one_text(nested_instructions(record, self._place)[0], self._place)]

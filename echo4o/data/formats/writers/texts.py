@@ -34,8 +34,15 @@ def nested_instructions(record: Record, place: PartPlace) -> list[list[str]]:
         for phrase in phrases:
             if not checked_text(phrase).strip():
                 raise RowError("instruction missing", detail="empty text")
-    if record.kind == "edit" and len(nested) < len(record.references):
-        raise RowError("instruction missing", detail=f"{len(nested)} instructions for {len(record.references)} edits")
+    if record.kind == "edit":
+        steps = len(record.references)
+        if not steps:
+            raise RowError("too few images", detail="an edit needs a source and a result")
+        if len(nested) < steps:
+            raise RowError("instruction missing", detail=f"{len(nested)} instructions for {steps} edits")
+        if len(nested) > steps:
+            place.notes["instructions beyond the last edit left out"] += 1
+            nested = nested[:steps]
     if any(len(phrases) > 1 for phrases in nested) and place.phrasings == "first":
         place.notes["more phrasings left out (--phrasings first)"] += 1
         nested = [phrases[:1] for phrases in nested]
