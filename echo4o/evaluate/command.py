@@ -211,7 +211,7 @@ def _score(
         if judge is None:
             raise RunFolderError(f"nothing is judged in {run.path} yet: name a judge with --judge-model")
         known = read_judgements(run.judgements)
-        paid = [judgement for judgements in known.values() for judgement in judgements]
+        paid = [one for made in known.values() for number, one in enumerate(made) if one not in made[:number]]
         tasks = _tasks(benchmark, items, run, judge)
         scores = score_items(benchmark, items, valid_judgements(tasks, known, judge))
     totals = write_scores(run, benchmark, scores, judge, paid, wanted.prices)

@@ -129,28 +129,28 @@ class _Round:
         )  # fmt: skip
         self.asked: list[Judgement] = []
         self.error: BaseException | None = None
-        self._in_a_row = 0
+        self._in_a_row = self._running = 0
+        self._ended = threading.Event()
         self._lock = threading.Lock()
 
     def run(self) -> Outcome:
-        # Daemons: a second Ctrl-C need not wait for a server that does not answer.
-        threads = [
-            threading.Thread(target=self._work, name=f"judge {number}", daemon=True)
-            for number in range(min(self.client.options.workers, self.waiting.qsize()))
-        ]
+        # Daemons: a second Ctrl-C need not wait for a server that does not answer. They are not joined: up to Python 3.12
+        # an interrupt in `Thread.join` lets a running thread pass for an ended one.
+        self._running = min(self.client.options.workers, self.waiting.qsize())
+        for number in range(self._running):
+            threading.Thread(target=self._work, name=f"judge {number}", daemon=True).start()
         interrupted = False
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            while thread.is_alive():
-                try:
-                    thread.join(0.2)
-                except KeyboardInterrupt:
-                    if interrupted:
-                        raise
-                    interrupted = True
-                    logger.warning("stopping: replies on their way are waited for; Ctrl-C again drops them")
-                    self.client.pace.stop.set()
+        while True:
+            try:
+                while self._running:
+                    self._ended.wait(0.2)
+                break
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                self.client.pace.stop.set()
+                logger.warning("stopping: replies on their way are waited for; Ctrl-C again drops them")
         if self.error is not None:
             raise self.error
         return Outcome(tuple(self.asked), interrupted)
@@ -169,6 +169,11 @@ class _Round:
             with self._lock:
                 self.error = self.error or error
             self.client.pace.stop.set()
+        finally:
+            with self._lock:
+                self._running -= 1
+                if not self._running:
+                    self._ended.set()
 
     def _note(self, judgement: Judgement) -> None:
         with self._lock:

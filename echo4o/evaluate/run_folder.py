@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from echo4o.evaluate.benchmark import Benchmark, Item, find_image
+from echo4o.evaluate.benchmark import IMAGE_SUFFIXES, Benchmark, Item, find_image
 
 #: What of ``run.json`` decides a picture.
 DRAWN_WITH = ("benchmark", "model", "fingerprint", "dtype", "quantize", "settings", "seed", "images_from")
@@ -78,7 +78,7 @@ class RunFolder:
             RunFolderError: if it holds pictures made otherwise.
         """
         facts = self.facts()
-        if not any(name in facts for name in ("model", "images_from")):
+        if not any(name in facts for name in ("model", "images_from")) or not self._has_pictures():
             return
         wanted = json.loads(json.dumps(dict(drawn_with)))
         changed = [name for name in DRAWN_WITH if facts.get(name) != wanted.get(name)]
@@ -89,6 +89,9 @@ class RunFolder:
             f"{self.path} holds pictures made otherwise (there → asked for):\n{differences}\n"
             "Choose another --out, or repeat the options of that run; to draw anew, remove the folder."
         )
+
+    def _has_pictures(self) -> bool:
+        return any(path.suffix in IMAGE_SUFFIXES for path in self.images.rglob("*"))
 
     def note(self, **facts: Any) -> None:
         """Put facts into ``run.json``, in place of older ones of these names."""

@@ -82,9 +82,9 @@ def test_retry_after_is_kept_by_all_workers():
 
 
 def test_a_pause_of_hours_is_the_users():
-    with JudgeServer(faults=[Fault("busy", seconds=7200)]) as server:
-        with pytest.raises(JudgeError, match="pause of 120 minutes"):
-            ask(client(server))
+    with JudgeServer(faults=[Fault("busy", seconds=7200)]) as server, pytest.raises(JudgeError) as error:
+        ask(client(server))
+    assert "pause of 120 minutes" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,9 @@ def test_only_what_has_changed_is_judged_again(tmp_path, server):
     assert len(server.asked) == asked and len(lines_of(tmp_path)) == 20
     latest = {line["item"]: line["judge"] for line in lines_of(tmp_path)}
     assert set(latest.values()) == {"test-judge-2026-01-01"}
+    usage = json.loads((tmp_path / "run" / "geneval++" / "scores.json").read_text())["usage"]
+    tokens = sum(line["usage"]["prompt_tokens"] for line in lines_of(tmp_path)[:14])
+    assert usage["prompt_tokens"] == tokens, "what counts again was paid for once"
 
 
 def test_missing_and_broken_pictures_are_not_sent(tmp_path, server):

@@ -68,7 +68,7 @@ def test_no_exception_says_it(monkeypatch, kind):
 def test_keys_that_a_server_shows_in_part_are_not_repeated(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     message = "Incorrect API key provided: sk-proj-****cret."
-    with JudgeServer(faults=[Fault("unauthorized", message=message)]) as server:
-        with pytest.raises(JudgeError) as caught:
-            JudgeClient(JudgeOptions("judge-1", server.url)).ask([{"role": "user", "content": "?"}], {}, 10)
+    fault = Fault("unauthorized", message=message)
+    with JudgeServer(faults=[fault]) as server, pytest.raises(JudgeError) as caught:
+        JudgeClient(JudgeOptions("judge-1", server.url)).ask([{"role": "user", "content": "?"}], {}, 10)
     assert "cret" not in str(caught.value) and "(key)" in str(caught.value)
