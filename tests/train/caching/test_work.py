@@ -84,7 +84,7 @@ def test_killed_at_random_moments_until_it_is_through(
     while True:
         process = start(settings, tmp_path)
         try:
-            process.wait(rng.uniform(2.5, 6.0))
+            process.wait(rng.uniform(2.0, 4.0) * (1 + kills / 4))
         except subprocess.TimeoutExpired:
             kills += 1
             process.kill()
