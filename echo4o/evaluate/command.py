@@ -191,6 +191,8 @@ def _judge(
     for note in client.dialect.notes if outcome.asked else ():
         say(f"  note: {note}")
     say(_spent(outcome, wanted.prices))
+    if any(judgement.status == "parse_error" for judgement in outcome.asked):
+        say("  replies without an answer are asked for again with --retry-failed")
     return outcome
 
 

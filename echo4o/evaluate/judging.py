@@ -134,8 +134,8 @@ class _Round:
         self._lock = threading.Lock()
 
     def run(self) -> Outcome:
-        # Daemons: a second Ctrl-C need not wait for a server that does not answer. They are not joined: up to Python 3.12
-        # an interrupt in `Thread.join` lets a running thread pass for an ended one.
+        # Daemons: a second Ctrl-C need not wait for a server that does not answer. Not joined: up to Python 3.12 an
+        # interrupt in `Thread.join` lets a running thread pass for an ended one.
         self._running = min(self.client.options.workers, self.waiting.qsize())
         for number in range(self._running):
             threading.Thread(target=self._work, name=f"judge {number}", daemon=True).start()
