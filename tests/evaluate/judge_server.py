@@ -100,7 +100,7 @@ class JudgeServer:
     def __enter__(self) -> JudgeServer:
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.judge = self
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.005,), daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -163,6 +163,9 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Head and body in one packet: in two, the second waits 40 ms for the first one's receipt.
+    wbufsize = -1
+    disable_nagle_algorithm = True
     server: _Server
 
     def do_POST(self) -> None:

@@ -1,40 +1,38 @@
 """The key of a judge is in no file, log, message or traceback, whatever goes wrong and however loud the logs are."""
 
+import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from echo4o.evaluate.client import CallFailed, JudgeClient, JudgeError, JudgeOptions
+from echo4o.evaluate.command import evaluate
 from tests.evaluate.judge_server import Fault, JudgeServer
+from tests.evaluate.processes import CONTEXT
 from tests.evaluate.small_run import evaluation
 
 KEY = "sk-proj-" + "Se3cret" * 6
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = """
-import logging, sys
-logging.basicConfig(level=logging.DEBUG)
-for name in ("httpx", "httpx2", "httpcore", "httpcore2"):
-    logging.getLogger(name).setLevel(logging.DEBUG)
-from pathlib import Path
-from tests.evaluate.small_run import evaluation
-from echo4o.evaluate.command import evaluate
-class Server:
-    url = sys.argv[2]
-evaluate(evaluation(Path(sys.argv[1]), Server, judge={"max_attempts": 2, "key_env": "JUDGE_KEY"}))
-"""
 
 
-def everything_of(folder: Path, result: subprocess.CompletedProcess[bytes]) -> bytes:
-    written = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
-    return b"\n".join([result.stdout, result.stderr, *written])
+def run_loudly(folder: Path, url: str, key: str, log: Path) -> None:
+    """In a process of its own: everything that it says, at the loudest, goes into `log`."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.environ |= {"JUDGE_KEY": key, "ECHO4O_TRACEBACK": "1"}
+    logging.basicConfig(level=logging.DEBUG, force=True, stream=os.fdopen(2, "w", buffering=1))
+    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.DEBUG)
+    server = SimpleNamespace(url=url)
+    judge = {"max_attempts": 2, "key_env": "JUDGE_KEY", "workers": 1}
+    evaluate(evaluation(folder, server, judge=judge))  # type: ignore[arg-type]
 
 
 def test_all_logs_and_files_of_runs_that_go_well_and_wrong(tmp_path):
-    evaluation(tmp_path, None)
-    environment = {**os.environ, "JUDGE_KEY": KEY, "OPENAI_LOG": "debug", "ECHO4O_TRACEBACK": "1"}
+    folder, log = tmp_path / "evaluated", tmp_path / "log"
+    evaluation(folder, None)
     with JudgeServer(echo_authorization=True) as server:
         server.faults = [
             Fault("error", times=2, containing="kite number 0."),
@@ -43,12 +41,15 @@ def test_all_logs_and_files_of_runs_that_go_well_and_wrong(tmp_path):
             Fault("unauthorized", times=1, containing="kite number 5."),
         ]
         server.answer = lambda text: {"correct": 1, "reason": f"I was told {KEY}"}
-        run = [sys.executable, "-c", PROGRAM, str(tmp_path), server.url]
-        result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, timeout=120)
-    everything = everything_of(tmp_path, result)
-    assert server.authorization["present"] > 6 and result.returncode == 1
-    assert b"Traceback" in result.stderr and b"JudgeError" in result.stderr and b"(key)" in everything
-    assert b"openai._base_client" in result.stderr, "openai's debug log is not on"
+        process = CONTEXT.Process(target=run_loudly, args=(folder, server.url, KEY, log))
+        process.start()
+        process.join(60)
+    said = log.read_bytes()
+    everything = b"\n".join([said, *(path.read_bytes() for path in folder.rglob("*") if path.is_file())])
+    assert process.exitcode == 1 and server.authorization == {"present": 9}
+    for expected in (b"Traceback", b"JudgeError", b"openai._base_client", b"httpcore"):
+        assert expected in said, "the logs are not as loud as they can be"
+    assert b"I was told (key)" in everything
     assert KEY.encode() not in everything
     assert KEY[8:].encode() not in everything
 

@@ -1,6 +1,5 @@
 """An evaluation that is killed at random moments gives the scores of one that was not, and asks nothing twice."""
 
-import multiprocessing
 import os
 import random
 import re
@@ -14,11 +13,12 @@ import pytest
 from echo4o.evaluate.command import evaluate
 from echo4o.evaluate.journal import read_judgements
 from tests.evaluate.judge_server import Asked, JudgeServer
+from tests.evaluate.processes import CONTEXT
 from tests.evaluate.small_run import MODEL, evaluation, lines_of, scores_of
 
 WORKERS = 3
 NUM_ITEMS = 24
-KILLS = 4
+KILLS = 3
 
 
 def run(folder: Path, url: str) -> None:
@@ -44,15 +44,8 @@ def recorded(folder: Path) -> set[str]:
     return {item for item, _ in read_judgements(folder / "run" / "geneval++" / "judgements.jsonl")}
 
 
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.evaluate.test_kills", "openai", "openai.resources.chat"])
-    return context
-
-
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
-def test_kills_at_random_moments(tmp_path, processes, monkeypatch, seed):
+def test_kills_at_random_moments(tmp_path, monkeypatch, seed):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     choose = random.Random(seed)
     with JudgeServer(delay=0.02) as server:
@@ -65,7 +58,7 @@ def test_kills_at_random_moments(tmp_path, processes, monkeypatch, seed):
         while status != 0:
             before, known = len(server.asked), recorded(folder)
             target = before + choose.randrange(0, 8)
-            process = processes.Process(target=run, args=(folder, server.url))
+            process = CONTEXT.Process(target=run, args=(folder, server.url))
             process.start()
             while process.is_alive() and len(server.asked) <= target:
                 time.sleep(0.002)
@@ -87,11 +80,11 @@ def test_kills_at_random_moments(tmp_path, processes, monkeypatch, seed):
     assert {line["judge"] for line in lines_of(folder)} == {MODEL}
 
 
-def test_ctrl_c_waits_for_replies_on_their_way(tmp_path, processes, monkeypatch):
+def test_ctrl_c_waits_for_replies_on_their_way(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     evaluation(tmp_path, None, NUM_ITEMS)
     with JudgeServer(delay=0.3) as server:
-        process = processes.Process(target=run, args=(tmp_path, server.url))
+        process = CONTEXT.Process(target=run, args=(tmp_path, server.url))
         process.start()
         while process.is_alive() and len(server.asked) < WORKERS + 1:
             time.sleep(0.005)
