@@ -78,6 +78,16 @@ def test_moments_in_bfloat16_change_losses_a_little(settings: dict[str, Any], tm
         assert one["mse"] != other["mse"] and abs(one["mse"] / other["mse"] - 1) < 0.01
 
 
+@pytest.mark.parametrize("stored", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_products_in_bfloat16_lose_nothing_in_either_dtype(
+    settings: dict[str, Any], tmp_path: Path, stored: str
+) -> None:
+    settings = {**settings, "dtype": "bfloat16", "total_steps": 2}
+    cache(settings, tmp_path / "cache", dtype=stored)
+    plain = trained(settings, tmp_path / "plain")
+    assert curve(trained(settings, tmp_path / "cached", latent_cache=str(tmp_path / "cache"))) == curve(plain)
+
+
 def test_what_the_cache_lacks_is_encoded_and_counted_or_refused(
     settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
