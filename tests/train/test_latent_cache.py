@@ -70,6 +70,7 @@ def test_same_losses_on_two_ranks(settings: dict[str, Any], tmp_path: Path) -> N
     assert curve(one) == curve(other)
 
 
+@pytest.mark.slow
 def test_moments_in_bfloat16_change_losses_a_little(settings: dict[str, Any], tmp_path: Path) -> None:
     cache(settings, tmp_path / "cache", dtype="bfloat16")
     plain = trained(settings, tmp_path / "plain", total_steps=2)
@@ -78,7 +79,8 @@ def test_moments_in_bfloat16_change_losses_a_little(settings: dict[str, Any], tm
         assert one["mse"] != other["mse"] and abs(one["mse"] / other["mse"] - 1) < 0.01
 
 
-@pytest.mark.parametrize("stored", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
 def test_products_in_bfloat16_lose_nothing_in_either_dtype(
     settings: dict[str, Any], tmp_path: Path, stored: str
 ) -> None:

@@ -101,6 +101,7 @@ def test_two_runs_at_once_share_the_work(settings: dict[str, Any], whole: dict[s
     assert contents(tmp_path) == whole
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_share_the_work(
     settings: dict[str, Any], whole: dict[str, bytes], tmp_path: Path
 ) -> None:
