@@ -32,8 +32,6 @@ tbody th b { font-size: 1.1rem }
 .references { display: flex; flex-wrap: wrap; gap: .3rem; margin-top: .4rem }
 .references img { width: 3.2rem; height: 3.2rem; object-fit: contain; border: 1px solid var(--rule) }
 td img { width: 100%; min-width: 9rem; display: block; margin-bottom: .3rem; border: 1px solid var(--rule) }
-img { image-rendering: auto }
-img.small { image-rendering: pixelated }
 dl { display: grid; grid-template-columns: auto auto; gap: 0 .6rem; margin: .4rem 0 0; font-size: .85em }
 dt { color: var(--soft); overflow-wrap: anywhere } dd { margin: 0; font-variant-numeric: tabular-nums }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .9em }
@@ -107,7 +105,7 @@ def _row(step: Mapping[str, Any], order: Sequence[str]) -> str:
 
 def _answer(request: Mapping[str, Any], folder: str) -> str:
     pictures = "".join(
-        f'<a href="{folder}/{quote(file)}"><img loading="lazy" class="small" src="{folder}/{quote(file)}" '
+        f'<a href="{folder}/{quote(file)}"><img loading="lazy" src="{folder}/{quote(file)}" '
         f'alt="{escape(request["prompt"])}"></a>'
         for file in request["pictures"]
     )

@@ -199,7 +199,8 @@ def _require_equal_samples(source: Source, folder: Path, dtype: str) -> None:
 
 def _require_equal_forward(source: Source, folder: Path, request: ExportRequest, say: Say) -> None:
     if request.forward is False or (request.forward is None and not fits_in_memory(source.model, torch.float32)):
-        say("verified: names, shapes, every number finite, hashes; no forward pass (it would not fit into memory)")
+        why = "not asked for" if request.forward is False else "it would not fit into memory"
+        say(f"verified: names, shapes, every number finite, hashes; no forward pass ({why})")
         return
     wanted = _outputs_of(source, request.dtype or "bfloat16")
     found = probe_outputs(Bagel.from_pretrained(folder))

@@ -13,113 +13,25 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from echo4o.data.errors import DataError, RowError
+from echo4o.data.formats.convert_options import ConvertOptions
 from echo4o.data.formats.convert_progress import ConvertProgress
+from echo4o.data.formats.convert_report import ConvertReport, counted, report_of, summed_up
 from echo4o.data.formats.part_workers import convert_parts, disk_error
 from echo4o.data.formats.parts import Job, PartResult, part_spans
 from echo4o.data.formats.record import RECORD_KINDS
-from echo4o.data.formats.registry import FORMATS, FormatStore, detect, format_named
+from echo4o.data.formats.registry import FormatStore
 from echo4o.data.formats.workspace import SKIPPED, SUMMARY, Workspace, files_hash, plan_hash
 from echo4o.data.formats.writers import Finishing, target_named
 from echo4o.data.sources.remote import is_url
 
 _log = logging.getLogger(__name__)
-DEFAULT_ROWS_PER_PART = 1024
-PHRASINGS = ("all", "first")
 _MAX_DEFAULT_WORKERS = 8
 _NUM_PROBES = 16
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What is converted to what.
-
-    Attributes:
-        source: folder, file or URL.
-        target: name in TARGETS.
-        source_format: name in FORMATS, or ``auto``.
-        images, columns, cache_dir, split, streaming: as in Opening.
-        kinds: only rows of these kinds; empty for all.
-        limit: only the first rows.
-        phrasings: ``all`` phrasings of a text, or the ``first``.
-        rows_per_part: rows that are done anew after a kill, and rows of a parquet file or tar.
-    """
-
-    source: str
-    target: str
-    source_format: str = "auto"
-    images: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    cache_dir: Path | None = None
-    split: str | None = None
-    streaming: bool = False
-    kinds: tuple[str, ...] = ()
-    limit: int | None = None
-    phrasings: str = "all"
-    rows_per_part: int = DEFAULT_ROWS_PER_PART
-
-    def __post_init__(self) -> None:
-        for kind in self.kinds:
-            if kind not in RECORD_KINDS:
-                raise DataError(f"unknown kind of row {kind!r}; known: {', '.join(RECORD_KINDS)}")
-        if self.source_format not in ("auto", *FORMATS):
-            raise DataError(f"unknown format {self.source_format!r}; known: auto, {', '.join(FORMATS)}")
-        if self.phrasings not in PHRASINGS:
-            raise DataError(f"phrasings must be {' or '.join(PHRASINGS)}, not {self.phrasings!r}")
-        if self.limit is not None and self.limit < 1:
-            raise DataError(f"limit must be at least 1, not {self.limit}")
-        if self.rows_per_part < 1:
-            raise DataError(f"rows_per_part must be at least 1, not {self.rows_per_part}")
-        target_named(self.target)
-
-    def resolved(self) -> ConvertOptions:
-        """With the name of the format in place of ``auto``, and absolute paths. Raises DataError if it is unknown."""
-        source = self.source if is_url(self.source) else str(Path(self.source).expanduser().absolute())
-        if self.source_format != "auto":
-            return replace(self, source=source)
-        if is_url(source):
-            raise DataError(f"the format of {source} cannot be told from afar: name it with --from")
-        return replace(self, source=source, source_format=detect(source))
-
-    def open(self) -> FormatStore:
-        """The source. Raises DataError if it cannot be opened."""
-        return format_named(self.source_format).open(
-            self.source,
-            images=self.images,
-            columns=self.columns,
-            cache_dir=self.cache_dir,
-            split=self.split,
-            streaming=self.streaming,
-            kinds=self.kinds,
-        )
-
-
-@dataclass(frozen=True)
-class ConvertReport:
-    """What became of a conversion.
-
-    Attributes:
-        destination: the data set.
-        result: counts over all parts.
-        problems: what was found wrong with the source on opening.
-        num_files: files of the data set.
-        num_bytes: of all its files.
-        seconds: that this run took.
-        was_finished: nothing was left to do.
-    """
-
-    destination: Path
-    result: PartResult
-    problems: Sequence[str]
-    num_files: int
-    num_bytes: int
-    seconds: float
-    was_finished: bool = False
 
 
 def convert(
@@ -158,7 +70,7 @@ def convert(
             store = options.open()
             plan = _plan(options, store)
             if workspace.already_finished(plan):
-                return _report(workspace, _summed_up(final), store, started, was_finished=True)
+                return report_of(final, summed_up(final), store.problems, started, was_finished=True)
             workspace.begin(plan, restart)
         finally:
             workspace.abandon_if_empty()
@@ -170,7 +82,7 @@ def convert(
         except OSError as error:
             raise disk_error(job, error) from error
         workspace.commit()
-        return _report(workspace, result, store, started)
+        return report_of(final, result, store.problems, started)
 
 
 def _convert_all(job: Job, max_bad_share: float, num_workers: int, progress: ConvertProgress) -> PartResult:
@@ -179,8 +91,6 @@ def _convert_all(job: Job, max_bad_share: float, num_workers: int, progress: Con
     allowed = math.floor(max_bad_share * num_rows)
     result, todo = _finished_before(job, allowed)
     _probe(job)
-    for line in job.store.problems:
-        progress.say(line)
     with progress:
         progress.begin(num_rows, sum(job.spans[index][1] - job.spans[index][0] for index in todo))
         if len(todo) < len(job.spans):
@@ -192,9 +102,10 @@ def _convert_all(job: Job, max_bad_share: float, num_workers: int, progress: Con
     if result.num_bad > allowed:
         raise _too_many_bad(job, result, max_bad_share, num_rows)
     if not result.num_written:
+        job.workspace.discard()
         raise DataError(
             f"no row of {num_rows} can be converted to {job.target.name}"
-            + (f": {_counts(result.held_not + result.bad)}" if result.held_not or result.bad else "")
+            + (f": {counted(result.held_not + result.bad)}" if result.held_not or result.bad else "")
             + (f". None is of kind {' or '.join(job.kinds)}" if job.kinds and not result.rows else "")
         )
     return result
@@ -264,7 +175,7 @@ def _too_many_bad(job: Job, result: PartResult, max_bad_share: float, num_rows: 
         first = next(row for row in map(json.loads, file) if row["what"] == "bad")
     return DataError(
         f"{result.num_bad} of {num_rows} rows are bad, more than {max_bad_share:.4g} of them (--max-bad-share): "
-        f"{_counts(result.bad)}.\n"
+        f"{counted(result.bad)}.\n"
         f"  First: {first['where']}: {first['reason']}: {first['detail']}\n"
         f"  All are listed in {path}. Mend them and run the same command again (only parts with bad rows are done "
         "again), or accept them with a larger --max-bad-share."
@@ -296,33 +207,3 @@ def _num_workers(workers: int | None) -> int:
     if workers < 0:
         raise DataError(f"workers must not be negative: {workers}")
     return workers
-
-
-def _report(
-    workspace: Workspace, result: PartResult, store: FormatStore, started: float, was_finished: bool = False
-) -> ConvertReport:
-    files = [path for path in workspace.final.rglob("*") if path.is_file()]
-    num_bytes = sum(path.stat().st_size for path in files)
-    seconds = time.monotonic() - started
-    return ConvertReport(workspace.final, result, store.problems, len(files), num_bytes, seconds, was_finished)
-
-
-def _summed_up(final: Path) -> PartResult:
-    """Counts of a data set that was finished earlier, as far as its summary tells them."""
-    from collections import Counter
-
-    from echo4o.data.formats.writers import KindSummary
-
-    summary = json.loads((final / SUMMARY).read_text(encoding="utf-8"))
-    return PartResult(
-        rows=summary["rows"],
-        image_bytes=summary["image_bytes"],
-        kinds={kind: KindSummary(rows=rows) for kind, rows in summary["written"].items()},
-        bad=Counter(summary["bad"]),
-        held_not=Counter(summary["not_held"]),
-        notes=Counter(summary["notes"]),
-    )
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items(), key=lambda item: -item[1]))

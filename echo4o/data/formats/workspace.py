@@ -123,6 +123,15 @@ class Workspace:
         sync_file(self.final.parent)
         shutil.rmtree(self.partial, ignore_errors=True)
 
+    def abandon_if_empty(self) -> None:
+        """Leave nothing behind where nothing was begun."""
+        if not (self.state / "plan.json").exists():
+            self.discard()
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
     def _clear(self) -> None:
         for folder in (self.build, self.state, self.temp):
             shutil.rmtree(folder, ignore_errors=True)
@@ -147,11 +156,6 @@ class Workspace:
             if _is_at(descriptor, path):
                 return descriptor
             os.close(descriptor)
-
-    def abandon_if_empty(self) -> None:
-        """Leave nothing behind where nothing was begun."""
-        if not (self.state / "plan.json").exists():
-            shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def part_name(index: int) -> str:

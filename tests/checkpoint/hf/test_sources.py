@@ -74,6 +74,7 @@ def test_a_link_is_called_by_what_it_names(tmp_path: Path) -> None:
     run_export(ExportRequest(tmp_path / "latest", tmp_path / "out", forward=False), say=said.append)
     provenance = read_provenance(tmp_path / "out")
     assert provenance is not None and provenance.source.endswith("/0000002")
+    assert any("no forward pass (not asked for)" in line for line in said)
     assert said[0] == f"exporting {bagel}" and set(provenance.origins) == {"0000002/model.safetensors"}
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine").symlink_to(bagel)
