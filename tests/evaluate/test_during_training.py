@@ -19,7 +19,7 @@ from echo4o.evaluate.sample_page import page_html
 from echo4o.generate.files import read_metadata
 from echo4o.train.evaluating import SECONDS
 from echo4o.train.metrics import read_metrics
-from tests.evaluate.evaluated_run import evaluated, trainings, write_requests
+from tests.evaluate.evaluated_run import IMAGES, evaluated, trainings, write_requests
 from tests.train.launch import free_port, launch
 from tests.train.tiny_run import write_bagel
 
@@ -52,7 +52,8 @@ def test_every_evaluation_leaves_pictures_a_sheet_and_a_row_on_the_page(whole: P
     told = json.loads((samples / "0000003" / "step.json").read_text())
     assert told["step"] == 3 and told["losses"]["val/mse"] > 0
     assert told["requests"][0]["references"] == ["two_1.png", "two_2.png"]
-    assert Image.open(samples / "references" / "two_2.png").size == (64, 64)
+    with Image.open(samples / "references" / "two_2.png") as copy, Image.open(IMAGES / "000_2.png") as reference:
+        assert copy.size == reference.size
     metadata = read_metadata(samples / "0000003" / "text_1.png")
     assert (metadata["prompt"], metadata["height"], metadata["model"]["name"]) == ("A red square.", 32, "out step 3")
     page = (samples / "index.html").read_text()
