@@ -19,7 +19,9 @@ from typing import Any
 
 from echo4o.data.errors import DataError, RowError
 from echo4o.data.formats.convert_options import ConvertOptions
+from echo4o.data.formats.convert_options import ConvertOptions
 from echo4o.data.formats.convert_progress import ConvertProgress
+from echo4o.data.formats.convert_report import ConvertReport, counted, report_lines, report_of, summed_up
 from echo4o.data.formats.convert_report import ConvertReport, counted, report_of, summed_up
 from echo4o.data.formats.part_workers import convert_parts, disk_error
 from echo4o.data.formats.parts import Job, PartResult, part_spans
@@ -28,6 +30,8 @@ from echo4o.data.formats.registry import FormatStore
 from echo4o.data.formats.workspace import SKIPPED, SUMMARY, Workspace, files_hash, plan_hash
 from echo4o.data.formats.writers import Finishing, target_named
 from echo4o.data.sources.remote import is_url
+
+__all__ = ["ConvertOptions", "ConvertReport", "convert", "report_lines"]
 
 _log = logging.getLogger(__name__)
 _MAX_DEFAULT_WORKERS = 8
@@ -101,6 +105,10 @@ def _convert_all(job: Job, max_bad_share: float, num_workers: int, progress: Con
                 break
     if result.num_bad > allowed:
         raise _too_many_bad(job, result, max_bad_share, num_rows)
+    # Parts end in any order; files and kinds are listed in that of the rows.
+    result = PartResult()
+    for index in sorted(job.workspace.finished_parts()):
+        result.add(PartResult.from_json(job.workspace.part(index)))
     if not result.num_written:
         job.workspace.discard()
         raise DataError(
