@@ -128,7 +128,7 @@ class Evaluator:
                 raise
             except Exception as error:
                 if self.run.engine.world_size > 1 or isinstance(error, torch.AcceleratorError):
-                    error.add_note(f"It happened in the evaluation at step {step}; --eval_every 0 trains without any.")
+                    logger.error("this happened in the evaluation at step %d; --eval_every 0 trains without any", step)
                     raise
                 _forget_frames(error)
                 logger.warning("the evaluation at step %d failed, training goes on: %s", step, _in_words(error))

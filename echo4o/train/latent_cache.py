@@ -285,6 +285,6 @@ def require_room(folder: Path, num_bytes: int) -> None:
     """Raises DataError if the disk lacks room."""
     if (free := shutil.disk_usage(folder).free) < num_bytes:
         raise DataError(
-            f"{folder} needs {size_text(num_bytes)} more, {size_text(free)} are free. Choose another --out, or --stored "
-            "bfloat16, which takes half the room."
+            f"{folder} needs {size_text(num_bytes)} more, {size_text(free)} are free. Choose another --out, or "
+            "--stored bfloat16, which takes half the room."
         )
