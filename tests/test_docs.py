@@ -83,7 +83,7 @@ shuffle_seed resume_data_status data_dir input_images input_image image_list tar
 output_image no_flag num_worker too_long skipped_steps grad_norm tokens_per_sec data_wait_share
 load_bagel adamw_8bit nproc_per_node text_channel
 echo4o_image nano_consistent hf_dataset bagel_parquet train_only
-missing_image api_error parse_error weight_by replay_share max_rows subset_seed use_split
+missing_image api_error parse_error latents_encoded copy_reference weight_by replay_share max_rows subset_seed use_split
 """
 
 
