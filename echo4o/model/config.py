@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 LAYER_MODULES = ("Qwen2MoTDecoderLayer", "Qwen2MoEDecoderLayer", "Qwen2DecoderLayer")
 SCALAR_FILES = ("config.json", "bagel_config.json")
+#: Entries of ``config.json`` under transformers' usual names, and upstream's.
+_FOREIGN_ENTRIES = {"text_config": "llm_config", "vision_config": "vit_config"}
 _COMMA_BEFORE_END = re.compile(r",(?=\s*[}\]])")
 
 
@@ -165,7 +167,8 @@ class BagelConfig:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; expected one with llm_config.json and weights")
-        values = next((_read_json(folder / name) for name in SCALAR_FILES if (folder / name).exists()), {})
+        stated = next((_read_json(folder / name) for name in SCALAR_FILES if (folder / name).exists()), {})
+        values = with_upstream_entries(stated)
         for name in ("llm_config", "vit_config"):
             if (path := folder / f"{name}.json").exists():
                 values[name] = _read_json(path)
@@ -186,6 +189,7 @@ class BagelConfig:
         Raises:
             ValueError: for values that are missing or contradict each other.
         """
+        values = with_upstream_entries(values)
         shapes, vit = shapes or {}, values.get("vit_config")
         llm_overrides = {key: overrides.pop(key) for key in list(overrides) if key in LLMConfig.__annotations__}
         return cls(
@@ -214,6 +218,12 @@ class BagelConfig:
 
     def with_freeze_und(self, freeze_und: bool) -> BagelConfig:
         return replace(self, llm=replace(self.llm, freeze_und=freeze_und))
+
+
+def with_upstream_entries(values: Mapping) -> dict:
+    """A ``config.json``'s content, parts of the model under upstream's names."""
+    foreign = {own: values[name] for name, own in _FOREIGN_ENTRIES.items() if name in values}
+    return {**foreign, **{name: value for name, value in values.items() if name not in _FOREIGN_ENTRIES}}
 
 
 def _llm_config(llm: Mapping, scalars: Mapping, shapes: Mapping, overrides: Mapping) -> LLMConfig:
@@ -259,7 +269,7 @@ def _scalars(scalars: Mapping, vit: Mapping | None, shapes: Mapping, overrides: 
     values.setdefault("visual_und", vit is not None)
     tables = {"max_latent_size": "latent_pos_embed.pos_embed", "vit_max_num_patch_per_side": "vit_pos_embed.pos_embed"}
     for name, tensor in tables.items():
-        if tensor not in shapes:
+        if not shapes.get(tensor):
             continue
         side = math.isqrt(shapes[tensor][0])
         if values.get(name, side) != side:

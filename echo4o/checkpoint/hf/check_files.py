@@ -14,7 +14,7 @@ from echo4o.checkpoint.folders import MARKER, CheckpointError, faults
 from echo4o.checkpoint.hf.findings import Examination, counted, some
 from echo4o.checkpoint.hf.provenance import EXPORT_FILE, Provenance, read_provenance
 from echo4o.checkpoint.inventory import ADAPTER, TRAINED, TRAINING
-from echo4o.model.config import SCALAR_FILES
+from echo4o.model.config import SCALAR_FILES, with_upstream_entries
 from echo4o.model.headers import Header, Stored, read_header
 from echo4o.model.pretrained import WEIGHTS, find_weights, upstream_name
 from echo4o.model.vae import WEIGHTS_FILE
@@ -98,7 +98,7 @@ def read_json_files(examination: Examination) -> dict[str, dict[str, Any]]:
         if (examination.folder / name).exists() and name not in examination.unusable:
             content = _read_json(examination, name)
             if content is not None:
-                found[name] = content
+                found[name] = with_upstream_entries(content) if name in SCALAR_FILES else content
     return found
 
 

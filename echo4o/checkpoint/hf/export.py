@@ -135,7 +135,8 @@ def write_export(
         for name, content in plan.tokenizer.items():
             (partial / name).write_bytes(content)
         _copy_preprocessor(source, partial)
-        write_configs(partial, source.config, settings.layout, settings.dtype, generation_config(partial))
+        config = replace(source.config, vae=plan.vae.config(source.config.vae)) if plan.vae else source.config
+        write_configs(partial, config, settings.layout, settings.dtype, generation_config(partial))
         provenance = describe(source, settings.layout, settings.dtype, base_name)
         provenance = replace(provenance, files=file_digests(partial, digests))
         write_provenance(partial, provenance)

@@ -8,6 +8,9 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -38,8 +41,9 @@ def new_folder(out: Path, num_bytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         _require_room(out.parent, num_bytes)
-        yield partial
-        _publish(partial, out)
+        with _ended_by_signals():
+            yield partial
+            _publish(partial, out)
     except OSError as error:
         reason = error.strerror or error
         if isinstance(error, FileExistsError | NotADirectoryError):
@@ -51,6 +55,28 @@ def new_folder(out: Path, num_bytes: int = 0) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 os.unlink(lock.name)
             lock.close()
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A batch system's SIGTERM and a terminal that is closed end this process as Ctrl-C does: it tidies up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    signals = (signal.SIGTERM, signal.SIGHUP)
+    # nohup's choice stands; so does a handler of the program that called.
+    free = [number for number in signals if signal.getsignal(number) == signal.SIG_DFL]
+    for number in free:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in free:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _locked(path: Path, out: Path) -> IO[str]:

@@ -292,7 +292,11 @@ def _shards(path: Path) -> list[Path]:
 def _open_reader(path: Path) -> WeightsReader:
     try:
         return WeightsReader(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}); download or copy it again"
+        ) from error
+    except ValueError as error:
         raise CheckpointError(str(error)) from error
 
 
@@ -314,7 +318,7 @@ def _with_tables_of(readers: Sequence[WeightsReader], config: BagelConfig) -> Ba
     """The config with the sizes of the first position tables that there are: configs may come from the base alone."""
     sizes = {"max_latent_size": LATENT_TABLE, "vit_max_num_patch_per_side": "vit_pos_embed.pos_embed"}
     found = LayeredReader(readers).shapes()
-    return replace(config, **{key: math.isqrt(found[name][0]) for key, name in sizes.items() if name in found})
+    return replace(config, **{key: math.isqrt(found[name][0]) for key, name in sizes.items() if found.get(name)})
 
 
 def _nothing_there(folder: Path, weights: str | None) -> str:

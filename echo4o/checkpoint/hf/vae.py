@@ -14,13 +14,15 @@ from echo4o.checkpoint.hf.progress import byte_progress
 from echo4o.checkpoint.hf.writing import write_tensors
 from echo4o.checkpoint.shared_file import plan_file
 from echo4o.checkpoint.slices import WeightsReader
-from echo4o.model.vae import WEIGHTS_FILE
+from echo4o.model.config import VAEConfig
+from echo4o.model.vae import WEIGHTS_FILE, infer_config
 
 if TYPE_CHECKING:
     from echo4o.checkpoint.hf.sources import Source
 
 _COPY_BYTES = 1 << 24
-_INSIDE = "vae_model."
+#: Before the names of its tensors among a model's.
+VAE_INSIDE = "vae_model."
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class VAEFile:
                 raise CheckpointError(str(error)) from error
             return cls(reader, {name: name for name in reader.shapes}, path)
         for reader in source.layers.readers:
-            names = {name.removeprefix(_INSIDE): name for name in reader.shapes if name.startswith(_INSIDE)}
+            names = {name.removeprefix(VAE_INSIDE): name for name in reader.shapes if name.startswith(VAE_INSIDE)}
             if names:
                 return cls(reader, names, None)
         raise CheckpointError(
@@ -66,6 +68,19 @@ class VAEFile:
         """Name → bytes."""
         shapes, dtypes = self.reader.shapes, self.reader.dtypes
         return {name: math.prod(shapes[held]) * dtypes[held].itemsize for name, held in self.names.items()}
+
+    def config(self, stated: VAEConfig | None) -> VAEConfig:
+        """What to write of it: `stated`, but of FLUX's, which stands for nothing stated too, what the tensors say.
+
+        Raises:
+            CheckpointError: if these are not the tensors of an autoencoder.
+        """
+        if stated not in (None, VAEConfig()):
+            return stated
+        try:
+            return infer_config({name: self.reader.shapes[held] for name, held in self.names.items()}, "it")
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.reader.path} is no usable autoencoder: {error}") from error
 
     def write(self, path: Path) -> str:
         """Write the file; returns its SHA-256.

@@ -42,9 +42,11 @@ from echo4o.checkpoint.hf.findings import (
     report_text,
 )
 from echo4o.checkpoint.hf.probe import probe_outputs
+from echo4o.checkpoint.hf.vae import VAE_INSIDE
 from echo4o.model import Bagel
 from echo4o.model.config import SCALAR_FILES
 from echo4o.model.headers import Header
+from echo4o.model.pretrained import upstream_name
 from echo4o.model.vae import WEIGHTS_FILE
 from echo4o.train.memory import available_host_memory
 
@@ -128,11 +130,10 @@ def _check_vae(
 ) -> Header | None:
     if not (examination.folder / WEIGHTS_FILE).is_file():
         if model is not None and model.config.visual_gen and WEIGHTS_FILE not in examination.unusable:
-            examination.error(
-                WEIGHTS_FILE,
-                "is missing: without the autoencoder there are no pictures",
-                "copy FLUX's ae.safetensors of the base into the folder",
-            )
+            what, fix = "without the autoencoder there are no pictures", "copy FLUX's ae.safetensors of the base here"
+            if any(upstream_name(name).startswith(VAE_INSIDE) for held in headers.values() for name in held.tensors):
+                what, fix = "the autoencoder lies among the weights", "echo4o export writes it into a file of its own"
+            examination.error(WEIGHTS_FILE, f"is missing: {what}", fix)
         return None
     header = open_header(examination, headers, WEIGHTS_FILE)
     if header is not None:

@@ -54,6 +54,13 @@ def first_shard(folder: Path) -> Path:
     return min(folder.glob("model-0*.safetensors"))
 
 
+def vae_inside(folder: Path) -> None:
+    """As lmms-engine keeps it."""
+    inside = {f"vae_model.{name}": tensor for name, tensor in load_file(folder / VAE).items()}
+    save_file(load_file(folder / EMA) | inside, folder / EMA)
+    (folder / VAE).unlink()
+
+
 def comma_too_many(folder: Path) -> None:
     """As BAGEL-7B-MoT's config.json was published first."""
     text = (folder / "config.json").read_text()
@@ -117,6 +124,7 @@ BAD: dict[str, tuple[str, Break, str, str]] = {
     # layout, what is done to it, file that is blamed, words of the error
     "no config": ("bagel", remove("*config.json"), ".", "no config"),
     "broken config": ("bagel", write("config.json", "{"), "config.json", "not valid JSON"),
+    "VAE among the weights": ("bagel", vae_inside, VAE, "lies among the weights"),
     "position table of zeros": ("bagel", tensors(lambda t: t[TABLE].zero_()), EMA, "not those of the sin-cos formula"),
     "list as config": ("bagel", write("config.json", "[]"), "config.json", "list instead of an object"),
     "broken llm config": ("bagel", write("llm_config.json", "{"), "llm_config.json", "not valid JSON"),

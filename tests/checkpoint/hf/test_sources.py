@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from echo4o.checkpoint.folders import CheckpointError
 from echo4o.checkpoint.hf.command import ExportRequest, run_export, show_plan
+from echo4o.checkpoint.hf.new_folder import new_folder
 from echo4o.checkpoint.hf.provenance import read_provenance
-from echo4o.checkpoint.hf.sources import newest_checkpoint
+from echo4o.checkpoint.hf.sources import Source, newest_checkpoint
+from echo4o.checkpoint.hf.verify import exit_status, report_text, verify
 from echo4o.checkpoint.shared_file import plan_file
 from echo4o.checkpoint.slices import WeightsReader
 from echo4o.model.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
-from tests.train.tiny_run import write_bagel, write_tokenizer
+from tests.checkpoint.hf.folders import change_json, change_tensors
+from tests.train.tiny_run import tiny_config, write_bagel, write_tokenizer
 
 
 def write_sparse(path: Path, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -79,3 +85,54 @@ def test_a_link_is_called_by_what_it_names(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine").symlink_to(bagel)
     assert newest_checkpoint(tmp_path / "elsewhere" / "mine").name == "mine"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bagel(tmp_path_factory.mktemp("bagel") / "tiny")
+
+
+@pytest.fixture
+def bagel(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "tiny"))
+
+
+def test_a_folder_with_text_config_and_vision_config(bagel: Path) -> None:
+    """One ``config.json`` with the names that transformers' models have, tensors behind ``model.``."""
+    parts = {}
+    for name, own in (("text_config", "llm_config.json"), ("vision_config", "vit_config.json")):
+        parts[name] = json.loads((bagel / own).read_text())
+        (bagel / own).unlink()
+    change_json(bagel / "config.json", **parts)
+    change_tensors(bagel / "model.safetensors", lambda t: [t.update({f"model.{n}": t.pop(n)}) for n in list(t)])
+    source = Source(bagel)
+    assert source.config.llm == tiny_config().llm and source.config.vit == tiny_config().vit
+    findings = verify(bagel, forward=False)
+    assert exit_status(findings) == 0, report_text(findings, bagel)
+
+
+def test_an_autoencoder_that_no_config_describes(bagel: Path, tmp_path: Path) -> None:
+    """Nothing stated stands for FLUX's; the tensors know better."""
+    change_json(bagel / "config.json", vae_config=None)
+    run_export(ExportRequest(bagel, tmp_path / "out", forward=False), say=lambda text: None)
+    config = BagelConfig.from_pretrained(tmp_path / "out")
+    assert config.vae is not None and config.vae.ch == 32
+
+
+def test_a_table_without_rows_and_a_folder_in_place_of_a_file(bagel: Path) -> None:
+    change_tensors(bagel / "model.safetensors", lambda t: t.update({"latent_pos_embed.pos_embed": torch.tensor(1.0)}))
+    with pytest.raises(CheckpointError, match=r"holds latent_pos_embed.pos_embed as \(\), the configs say"):
+        Source(bagel)
+    (bagel / "model.safetensors").unlink()
+    (bagel / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="model.safetensors cannot be read .*; download or copy it again"):
+        Source(bagel)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_nothing_is_left_when_a_batch_system_ends_it(tmp_path: Path, number: signal.Signals) -> None:
+    with pytest.raises(SystemExit) as ended, new_folder(tmp_path / "out") as partial:
+        (partial / "half").touch()
+        os.kill(os.getpid(), number)
+    assert ended.value.code == 128 + number and not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == signal.SIG_DFL
