@@ -19,10 +19,8 @@ from typing import Any
 
 from echo4o.data.errors import DataError, RowError
 from echo4o.data.formats.convert_options import ConvertOptions
-from echo4o.data.formats.convert_options import ConvertOptions
 from echo4o.data.formats.convert_progress import ConvertProgress
 from echo4o.data.formats.convert_report import ConvertReport, counted, report_lines, report_of, summed_up
-from echo4o.data.formats.convert_report import ConvertReport, counted, report_of, summed_up
 from echo4o.data.formats.part_workers import convert_parts, disk_error
 from echo4o.data.formats.parts import Job, PartResult, part_spans
 from echo4o.data.formats.record import RECORD_KINDS
@@ -107,7 +105,7 @@ def _convert_all(job: Job, max_bad_share: float, num_workers: int, progress: Con
         raise _too_many_bad(job, result, max_bad_share, num_rows)
     # Parts end in any order; files and kinds are listed in that of the rows.
     result = PartResult()
-    for index in sorted(job.workspace.finished_parts()):
+    for index in job.workspace.finished_parts():
         result.add(PartResult.from_json(job.workspace.part(index)))
     if not result.num_written:
         job.workspace.discard()
@@ -124,8 +122,14 @@ def _finished_before(job: Job, allowed: int) -> tuple[PartResult, list[int]]:
 
     Where too many rows were bad, the parts that have any are done again: whoever starts it once more has mended them.
     """
-    finished = sorted(job.workspace.finished_parts())
-    results = {index: PartResult.from_json(job.workspace.part(index)) for index in finished}
+    results: dict[int, PartResult] = {}
+    for index in job.workspace.finished_parts():
+        try:
+            results[index] = PartResult.from_json(job.workspace.part(index))
+        except ValueError:
+            job.workspace.forget_part(index)
+            continue
+        results[index].skipped.clear()
     if sum(result.num_bad for result in results.values()) > allowed:
         for index in [index for index, result in results.items() if result.num_bad]:
             job.workspace.forget_part(index)
@@ -170,7 +174,7 @@ def _finish(job: Job, plan: Mapping[str, Any], options: ConvertOptions, result: 
 
 
 def _skipped_lines(job: Job) -> Iterator[bytes]:
-    for index in sorted(job.workspace.finished_parts()):
+    for index in job.workspace.finished_parts():
         for row in job.workspace.part(index)["skipped"]:
             yield (json.dumps(row, ensure_ascii=True) + "\n").encode()
 
@@ -178,7 +182,8 @@ def _skipped_lines(job: Job) -> Iterator[bytes]:
 def _too_many_bad(job: Job, result: PartResult, max_bad_share: float, num_rows: int) -> DataError:
     workspace = job.workspace
     path = workspace.partial / "skipped.jsonl"
-    path.write_bytes(b"".join(_skipped_lines(job)))
+    with path.open("wb") as file:
+        file.writelines(_skipped_lines(job))
     with path.open("rb") as file:
         first = next(row for row in map(json.loads, file) if row["what"] == "bad")
     return DataError(

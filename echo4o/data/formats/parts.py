@@ -114,11 +114,14 @@ def part_spans(unit_lengths: Sequence[int], rows_per_part: int, limit: int | Non
     return [(first, min(last, num_rows)) for first, last in spans if first < min(last, num_rows)]
 
 
-def convert_part(job: Job, index: int, advance: Callable[[int, int], None]) -> None:
-    """Write a part and record it as finished.
+def convert_part(job: Job, index: int, advance: Callable[[int, int], None]) -> Callable[[], None]:
+    """Write a part.
 
     Args:
         advance: told rows and bytes of images that are done.
+
+    Returns:
+        What is left to do, and best done after the next part: wait for the disk and record the part as finished.
 
     Raises:
         DataError: if the source cannot be read at all.
@@ -151,7 +154,12 @@ def convert_part(job: Job, index: int, advance: Callable[[int, int], None]) -> N
         result.image_bytes += num_bytes
         advance(1, num_bytes)
     result.kinds = writer.close()
-    workspace.record(part_name(index), result.to_json())
+
+    def settle() -> None:
+        writer.settle()
+        workspace.record(part_name(index), result.to_json(), durably=False)  # if it is lost, the part is done again
+
+    return settle
 
 
 def _wanted_record(job: Job, row: int) -> Record | None:

@@ -81,21 +81,21 @@ class Workspace:
             folder.mkdir(parents=True, exist_ok=True)
         self.record("plan.json", plan)
 
-    def record(self, name: str, values: Any) -> None:
-        """Keep JSON among the state, durably."""
+    def record(self, name: str, values: Any, *, durably: bool = True) -> None:
+        """Keep JSON among the state; after a loss of power, what was not kept durably may be gone or unreadable."""
         unfinished = self.temp / f"{os.getpid()}-{Path(name).name}"
         with unfinished.open("w", encoding="utf-8") as file:
             json.dump(values, file)
-            file.flush()
-            os.fsync(file.fileno())
+            if durably:
+                file.flush()
+                os.fsync(file.fileno())
         unfinished.rename(self.state / name)
-        sync_file((self.state / name).parent)
 
-    def finished_parts(self) -> set[int]:
-        return {int(path.stem) for path in (self.state / "parts").glob("*.json")}
+    def finished_parts(self) -> list[int]:
+        return sorted(int(path.stem) for path in (self.state / "parts").glob("*.json"))
 
     def part(self, index: int) -> dict[str, Any]:
-        """What was recorded of a finished part."""
+        """What was recorded of a finished part. Raises ValueError if that was lost with the power."""
         return json.loads((self.state / part_name(index)).read_text(encoding="utf-8"))
 
     def forget_part(self, index: int) -> None:

@@ -62,6 +62,10 @@ class ParquetPart:
     def close(self) -> dict[str, KindSummary]:
         return {kind: file.close() for kind, file in self._files.items()}
 
+    def settle(self) -> None:
+        for file in self._files.values():
+            file.settle()
+
 
 class _KindFile:
     """A parquet file under a temporary name until it is closed."""
@@ -96,9 +100,12 @@ class _KindFile:
         if self._num_waiting:
             self._write_group()
         self._writer.close()
-        self._place.settle(self._unfinished, self._place.build / self._name)
+        self._place.start_writing_back(self._unfinished)
         self._summary.files[self._name] = (self._summary.rows, self._num_groups)
         return self._summary
+
+    def settle(self) -> None:
+        self._place.settle(self._unfinished, self._place.build / self._name)
 
     def _write_group(self) -> None:
         self._writer.write_table(pa.table(self._columns, self._schema), row_group_size=self._num_waiting)

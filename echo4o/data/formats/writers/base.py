@@ -55,6 +55,16 @@ class PartPlace:
         """Path for an unfinished file that no other process uses."""
         return self.temp / f"{os.getpid()}-{self.index}-{name}"
 
+    def start_writing_back(self, unfinished: Path) -> None:
+        """Let the system begin to bring a file to the disk, so that waiting for it later is short."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        descriptor = os.open(unfinished, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
     def settle(self, unfinished: Path, path: Path) -> None:
         """Give a finished file its name once it is on the disk."""
         sync_file(unfinished)
@@ -107,7 +117,11 @@ class PartWriter(Protocol):
         ...
 
     def close(self) -> dict[str, KindSummary]:
-        """Finish all files, durably, and tell what they hold, by kind."""
+        """Finish all files under temporary names and tell what they hold, by kind."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all files are on the disk, then give them their names. The next part may be begun before."""
         ...
 
 

@@ -25,6 +25,7 @@ class TarPart:
     def __init__(self, place: PartPlace) -> None:
         self._place = place
         self._summary = KindSummary()
+        self._name = f"{FOLDER}/{place.index:05d}.tar"
         self._unfinished = place.temporary("part.tar")
         self._file: IO[bytes] | None = None
 
@@ -49,10 +50,13 @@ class TarPart:
             return {}
         self._file.write(bytes(2 * tarfile.BLOCKSIZE))
         self._file.close()
-        name = f"{FOLDER}/{self._place.index:05d}.tar"
-        self._place.settle(self._unfinished, self._place.build / name)
-        self._summary.files[name] = (self._summary.rows, 1)
+        self._place.start_writing_back(self._unfinished)
+        self._summary.files[self._name] = (self._summary.rows, 1)
         return {"t2i": self._summary}
+
+    def settle(self) -> None:
+        if self._file is not None:
+            self._place.settle(self._unfinished, self._place.build / self._name)
 
     def _member(self, name: str, content: bytes) -> None:
         assert self._file is not None

@@ -30,11 +30,14 @@ class LinesPart:
 
     def close(self) -> dict[str, KindSummary]:
         for kind, lines in self._lines.items():
-            unfinished = self._place.temporary(f"{kind}.jsonl")
-            with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+            with self._place.temporary(f"{kind}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
                 file.writelines(lines)
-            self._place.settle(unfinished, _part(self._place.state, kind, self._place.index))
         return self._summaries
+
+    def settle(self) -> None:
+        for kind in self._lines:
+            unfinished = self._place.temporary(f"{kind}.jsonl")
+            self._place.settle(unfinished, _part(self._place.state, kind, self._place.index))
 
 
 def join_lines(finishing: Finishing, kind: str, name: str) -> None:

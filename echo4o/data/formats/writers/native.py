@@ -44,8 +44,11 @@ class NativePart:
             self._lines.add(record, {**texts, "input_images": names[:-1], "output_image": names[-1], **extra})
 
     def close(self) -> dict[str, KindSummary]:
-        self._images.sync()
         return self._lines.close()
+
+    def settle(self) -> None:
+        self._images.sync()
+        self._lines.settle()
 
     def _texts(self, record: Record) -> dict[str, Any]:
         if record.kind == "vlm":

@@ -54,8 +54,11 @@ class OmniGen2Part:
         self._lines.add(record, {**task, "instruction": texts[0], **references, "output_image": paths[-1], **extra})
 
     def close(self) -> dict[str, KindSummary]:
-        self._images.sync()
         return self._lines.close()
+
+    def settle(self) -> None:
+        self._images.sync()
+        self._lines.settle()
 
     def _texts(self, record: Record) -> list[str]:
         if record.kind == "edit":
