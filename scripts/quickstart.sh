@@ -17,6 +17,7 @@ echo "== before: what the model draws from German instructions"
 
 echo "== training: configs/tiny_cpu.yaml"
 "$PYTHON" -m echo4o.cli train configs/tiny_cpu.yaml --dataset_config_file "$out/data/dataset.yaml" \
+    --eval_requests "$out/data/requests.jsonl" \
     --results_dir "$out/train" --checkpoint_dir "$out/train/checkpoints" "$@"
 
 checkpoint=$out/train/checkpoints/latest
@@ -26,6 +27,7 @@ echo "== after: the same requests"
     --before "$out/before" --after "$out/after"
 echo
 echo "contact sheet   $out/before_after.png"
+echo "on the way      $out/train/samples/index.html"
 echo "checkpoint      $checkpoint"
 echo "metrics         $out/train/metrics.jsonl"
 echo "loss plot       $out/train/loss.png"

@@ -19,7 +19,7 @@ runner = CliRunner()
 def started(monkeypatch):
     """Settings that training was started with, instead of training."""
     configs = []
-    monkeypatch.setattr("echo4o.train.trainer.train", configs.append)
+    monkeypatch.setattr("echo4o.train.trainer.train", lambda config, sampler: configs.append(config))
     return configs
 
 
@@ -47,7 +47,7 @@ def test_wrong_setting_is_one_line_and_status_2(started):
 
 
 def test_bug_keeps_its_traceback(monkeypatch):
-    def broken(config):
+    def broken(config, sampler):
         raise KeyError("a bug")
 
     monkeypatch.setattr("echo4o.train.trainer.train", broken)
@@ -55,7 +55,7 @@ def test_bug_keeps_its_traceback(monkeypatch):
 
 
 def test_interrupt_is_one_line(monkeypatch):
-    def interrupted(config):
+    def interrupted(config, sampler):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("echo4o.train.trainer.train", interrupted)
