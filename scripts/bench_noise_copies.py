@@ -49,7 +49,7 @@ def train(model: Path, dataset: Path, folder: Path, args: argparse.Namespace) ->
     flags = {
         "init_from": model, "dataset_config_file": dataset,
         "results_dir": folder, "checkpoint_dir": folder / "checkpoints",
-        "total_steps": args.steps, "save_every": args.steps // 3, "keep_last_n": 3, "num_workers": 0,
+        "total_steps": args.steps, "save_every": args.steps // 3, "keep_last_n": 3, "num_workers": 0, "eval_every": 0,
         "lr": 1.5e-3, "lr_scheduler": "constant", "global_seed": args.seed, "data_seed": args.seed,
     }  # fmt: skip
     command = [sys.executable, "-m", "echo4o.cli", "train", str(EXAMPLES.parent / "configs" / "tiny_cpu.yaml")]
