@@ -67,29 +67,29 @@ class FakeSampler:
 @needs_peft
 def test_checkpoints_are_the_same_to_the_byte_with_evaluation_and_when_resumed(bagel: Path, tmp_path: Path) -> None:
     """With LoRA dropout, whose masks come from the global generator, and an average that is not the weights."""
-    shared = {"lora_rank": 2, "lora_dropout": 0.3, "ema": 0.9, "save_every": 3, "total_steps": 5}
-    asked = {"eval_every": 2, "validation_config_file": HELD_OUT, "validation_rows": 2, "eval_requests": HELD_OUT}
+    shared = {"lora_rank": 2, "lora_dropout": 0.3, "ema": 0.9, "total_steps": 4, "save_every": 2}
+    asked = {"eval_every": 3, "validation_config_file": HELD_OUT, "validation_rows": 1, "eval_requests": HELD_OUT}
     train(run_config(bagel, tmp_path / "plain", **shared))
     sampler = FakeSampler()
     train(run_config(bagel, tmp_path / "evaluated", **shared, **asked), sampler)
-    assert list(evaluations(tmp_path / "evaluated")) == [0, 2, 4, 5]
-    assert sampler.begun == [0] and len(set(sampler.seen)) == 4
-    train(run_config(bagel, tmp_path / "resumed", **shared | {"total_steps": 3}, **asked), FakeSampler())
+    assert list(evaluations(tmp_path / "evaluated")) == [0, 3, 4]
+    assert sampler.begun == [0] and len(set(sampler.seen)) == 3
+    train(run_config(bagel, tmp_path / "resumed", **shared | {"total_steps": 2}, **asked), FakeSampler())
     train(run_config(bagel, tmp_path / "resumed", **shared, **asked, auto_resume=True), again := FakeSampler())
-    assert again.begun == [3]
-    for step in (3, 5):
+    assert again.begun == [2]
+    for step in (2, 4):
         expected = checkpoint_bytes(tmp_path / "plain", step)
         assert {"adapter_ema.safetensors", "optimizer.safetensors", "ranks/00000.json"} <= set(expected)
         for name in ("evaluated", "resumed"):
             found = checkpoint_bytes(tmp_path / name, step)
             assert [file for file in expected if found[file] != expected[file]] == []
     one, other = evaluations(tmp_path / "evaluated"), evaluations(tmp_path / "resumed")
-    assert list(other) == [0, 2, 3, 4, 5]  # the shorter run was evaluated after its last step
+    assert list(other) == [0, 2, 3, 4]  # the shorter run was evaluated after its last step
     for step, record in one.items():
         assert {k: v for k, v in record.items() if k != SECONDS} == {
             k: v for k, v in other[step].items() if k != SECONDS
         }
-    assert one[0]["val/mse"] != one[5]["val/mse"]
+    assert one[0]["val/mse"] != one[4]["val/mse"]
     assert (tmp_path / "evaluated" / "loss.png").stat().st_size > 0
 
 
@@ -141,7 +141,7 @@ def test_the_average_is_swapped_in_and_back_exactly_even_after_a_failure(
     ("error", "words"),
     [
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory. Lower --validation_rows"),
-        (KeyError("x"), "the evaluation at step 4 failed, training goes on: KeyError"),
+        (KeyError("x"), "the evaluation at step 1 failed, training goes on: KeyError"),
     ],
 )
 def test_a_failing_evaluation_is_a_warning(
@@ -152,10 +152,12 @@ def test_a_failing_evaluation_is_a_warning(
         raise error
 
     monkeypatch.setattr(Validation, "measure", fail)
-    config = run_config(bagel, tmp_path, eval_every=4, validation_config_file=HELD_OUT, validation_rows=1)
+    config = run_config(
+        bagel, tmp_path, total_steps=1, eval_every=4, validation_config_file=HELD_OUT, validation_rows=1
+    )
     with caplog.at_level(logging.WARNING):
         train(config)
-    assert words in caplog.text and step_folder(tmp_path / "checkpoints", 4).is_dir()
+    assert words in caplog.text and step_folder(tmp_path / "checkpoints", 1).is_dir()
 
 
 def test_results_that_cannot_be_written_are_a_warning(
