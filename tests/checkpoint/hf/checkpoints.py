@@ -62,14 +62,16 @@ def random_config(rng: random.Random) -> BagelConfig:
     )
     with_vit = rng.random() < 0.7
     rope = with_vit and rng.random() < 0.3
+    side = rng.choice((4, 6))
+    vit = replace(config.vit, image_size=14 * side) if config.vit else None
     return replace(
         config,
         llm=llm,
-        vit=config.vit if with_vit else None,
+        vit=vit if with_vit else None,
         visual_und=with_vit,
         visual_gen=not with_vit or rng.random() < 0.85,
         max_latent_size=rng.choice((4, 8)),
-        vit_max_num_patch_per_side=4 if rope else rng.choice((4, 6)),
+        vit_max_num_patch_per_side=side if rope else rng.choice((4, side)),
         vit_rope=rope,
     )
 

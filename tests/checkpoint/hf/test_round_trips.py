@@ -57,8 +57,8 @@ def rounded(model: Bagel, dtype: str) -> Bagel:
     """As the export holds it, in float32 again."""
     model = copy.deepcopy(model)
     if dtype == "bfloat16":
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(torch.bfloat16))
+        for tensor in model.state_dict(keep_vars=True).values():  # tables of rotations are no parameters
+            tensor.copy_(tensor.to(torch.bfloat16))
     return model
 
 
